@@ -1,0 +1,195 @@
+"""The one interface of every memory method: `forward`, `read`, `generate`, `State`."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from contextlib import nullcontext
+from typing import ClassVar
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.utils import ModelOutput
+
+from lrmt.errors import UsageError
+
+
+class LongContextConfig(PreTrainedConfig):
+    """What every method's config has: the backbone's config and where the backbone came from.
+
+    Args:
+        backbone_config: config of the wrapped transformers decoder, a config object or its dict.
+        backbone_name: Hub id, folder, or name of a shipped backbone; what `lrmt.load` opens under an adapter.
+        backbone_revision: Hub revision of it. backbone_quantization: "nf4" if the adapter was trained over 4-bit weights.
+    """
+
+    sub_configs: ClassVar[dict] = {"backbone_config": AutoConfig}
+
+    backbone_config: dict | PreTrainedConfig | None = None
+    backbone_name: str | None = None
+    backbone_revision: str | None = None
+    backbone_quantization: str | None = None
+    backbone_fingerprint: str | None = None
+
+    def __post_init__(self, **kwargs):
+        if isinstance(self.backbone_config, dict):
+            self.backbone_config = AutoConfig.for_model(**self.backbone_config)
+        # transformers hands this setting down to the backbone's config: keep what that one has
+        kwargs.setdefault("attn_implementation", getattr(self.backbone_config, "_attn_implementation", None))
+        super().__post_init__(**kwargs)
+        if self.backbone_config is not None:
+            self.tie_word_embeddings = False  # the backbone ties its own
+
+    # DeepSpeed's "auto" settings and transformers' utilities look these up
+    hidden_size = property(lambda self: self.backbone_config.hidden_size)
+    vocab_size = property(lambda self: self.backbone_config.vocab_size)
+    num_hidden_layers = property(lambda self: self.backbone_config.num_hidden_layers)
+
+
+@dataclasses.dataclass
+class LongContextOutput(ModelOutput):
+    """`loss` scalar; `logits` `[B, T, V]`, or `[N, V]` for the N scored positions when labels are given; `state`."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    state: State | None = None
+
+
+@dataclasses.dataclass
+class State:
+    """What a model keeps of the text it has read: saved to one safetensors file, refused by a model that did not make it.
+
+    `fingerprint` is that of the model; `cache` speeds up the running generation and is never saved. Every other field of a
+    subclass is a tensor whose first dimension is the batch.
+    """
+
+    fingerprint: str
+    cache: Cache | None
+
+    def tensors(self) -> dict[str, Tensor]:
+        fields = (f.name for f in dataclasses.fields(self) if f.name not in ("fingerprint", "cache"))
+        return {name: getattr(self, name) for name in fields}
+
+    @property
+    def batch_size(self) -> int:
+        return len(next(iter(self.tensors().values())))
+
+    def expand(self, batch_size: int) -> State:
+        """Repeats each row so that a document read once answers a batch of questions."""
+        if batch_size == self.batch_size:
+            return self
+        if batch_size % self.batch_size:
+            raise ValueError(f"a state of {self.batch_size} rows cannot serve a batch of {batch_size}; read that batch")
+        times = batch_size // self.batch_size
+        rows = {name: tensor.repeat_interleave(times, dim=0) for name, tensor in self.tensors().items()}
+        return dataclasses.replace(self, **rows, cache=None)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes one safetensors file, under a temporary name first."""
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors().items()}
+        temporary = f"{path}.tmp"
+        save_file(tensors, temporary, metadata={"format": "lrmt-state-1", "fingerprint": self.fingerprint})
+        os.replace(temporary, path)
+
+
+class LongContextModel(PreTrainedModel, GenerationMixin):
+    """A transformers decoder with a memory. Subclasses implement `forward` and `read`; `generate` is transformers' own."""
+
+    config_class = LongContextConfig
+    state_class: ClassVar[type[State]]
+    #: submodules that train in full beside LoRA (PEFT's `modules_to_save`)
+    memory_modules: ClassVar[list[str]] = []
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    # attention runs inside the backbone, which checks for itself what it supports
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: LongContextConfig, backbone: PreTrainedModel | None = None):
+        super().__init__(config)
+        self.backbone = AutoModelForCausalLM.from_config(config.backbone_config) if backbone is None else backbone
+        if getattr(self.backbone, "generation_config", None) is not None:
+            self.generation_config = type(self.backbone.generation_config).from_dict(
+                self.backbone.generation_config.to_dict()
+            )
+
+    @classmethod
+    def from_backbone(cls, backbone: PreTrainedModel, **settings) -> LongContextModel:
+        """Wraps a loaded backbone; `settings` are fields of the config class. The backbone's weights are not touched."""
+        config = cls.config_class(
+            backbone_config=backbone.config, backbone_name=backbone.config.name_or_path, **settings
+        )
+        return cls(config, backbone)
+
+    def get_input_embeddings(self):
+        return self.backbone.get_input_embeddings()
+
+    def get_output_embeddings(self):
+        return self.backbone.get_output_embeddings()
+
+    def set_input_embeddings(self, value):
+        raise UsageError(
+            "the vocabulary is never resized: memory lives beside the backbone; leave the embeddings alone"
+        )
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # the state carries its own cache
+
+    def prepare_inputs_for_generation(
+        self, input_ids, state=None, attention_mask=None, is_first_iteration=False, **kwargs
+    ):
+        """transformers' hook: the whole prompt first, then one token and the state."""
+        if is_first_iteration or state is None:
+            return {"input_ids": input_ids, "attention_mask": attention_mask, "state": state, "logits_to_keep": 1}
+        return {"input_ids": input_ids[:, -1:], "state": state, "logits_to_keep": 1}
+
+    def generate(self, inputs=None, generation_config=None, **kwargs):
+        """transformers' `generate` (prompt and new ids are returned), plus `state`: a text read before the prompt."""
+        if (kwargs.get("num_beams") or getattr(generation_config, "num_beams", None) or 1) > 1:
+            raise UsageError(
+                "`num_beams` must be 1: a memory state cannot be reordered; use sampling or greedy decoding"
+            )
+        return super().generate(inputs, generation_config, **kwargs)
+
+    def fingerprint(self) -> str:
+        """Identifies the model that made a state: its config, its memory, and the start of the backbone's embeddings."""
+        config = {k: v for k, v in self.config.to_dict().items() if k in self.config_class.__annotations__}
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+        for tensor in [*self._memory_weights(), self.get_input_embeddings().weight[:4]]:
+            digest.update(tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def _memory_weights(self) -> list[Tensor]:
+        return []
+
+    def load_state(self, path: str | os.PathLike) -> State:
+        """Opens a file written by `State.save`; raises `UsageError` if another model wrote it."""
+        try:
+            with safe_open(path, "pt", device=str(self.device)) as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        except Exception as error:
+            raise UsageError(f"state file {path} cannot be read ({error}); write it again with State.save") from None
+        mine = self.fingerprint()
+        if metadata.get("fingerprint") != mine:
+            theirs = metadata.get("fingerprint", "none")
+            raise UsageError(f"state {path} was made by another model ({theirs}, this is {mine}); read the text again")
+        return self.state_class(fingerprint=mine, cache=None, **tensors)
+
+
+def gathered(*parameters: Tensor):
+    """The full values of parameters that ZeRO-3 may have partitioned, for as long as the context lasts."""
+    if any(hasattr(p, "ds_id") for p in parameters):
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=None)
+    return nullcontext()
