@@ -1,0 +1,97 @@
+"""What is to be remembered: every task turns (split, seed, index, length) into one tokenised example."""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+
+from lrmt.errors import UsageError
+from lrmt.tasks.babilong import BabilongTask
+from lrmt.tasks.background import Background, ProceduralProse
+from lrmt.tasks.base import SPLITS, Example, Task, derive_rng
+from lrmt.tasks.collate import collate
+from lrmt.tasks.dataset import DatasetTask
+from lrmt.tasks.passkey import PasskeyTask
+
+__all__ = ["Background", "Example", "MixedTask", "ProceduralProse", "Task", "build_task", "collate"]
+
+
+def _passkey(name, tokenizer, options):
+    return PasskeyTask(tokenizer, **_only(options, "split seed segment_length num_digits depth"))
+
+
+def _dataset(name, tokenizer, options):
+    return DatasetTask(
+        tokenizer, **_only(options, "dataset_path split seed segment_length dataset_config dataset_split")
+    )
+
+
+def _babilong(name, tokenizer, options):
+    background = options["background"]
+    if background is None:  # prose of one split never occurs in another
+        background = ProceduralProse(tokenizer, seed=f"{options['seed']}/{options['split']}")
+    elif not isinstance(background, Background):
+        background = Background(background, tokenizer)
+    options["background"] = background  # the tasks of a mixture share it
+    wanted = "background split seed babi_dir segment_length max_n_facts question_position task_start_pct task_end_pct"
+    return BabilongTask(name, tokenizer, **_only(options, wanted))
+
+
+def _only(options: dict, names: str) -> dict:
+    return {name: options[name] for name in names.split()}
+
+
+TASKS = {"passkey": _passkey, "dataset": _dataset} | {f"qa{n}": _babilong for n in range(1, 21)}
+
+
+class MixedTask(Task):
+    """Several tasks in one stream: each index draws its task uniformly."""
+
+    def __init__(self, tasks: Sequence[Task], *, split: str, seed: int):
+        self.tasks, self.split, self.seed = list(tasks), split, seed
+        self.name = ",".join(task.name for task in tasks)
+        self.max_new_tokens = max(task.max_new_tokens for task in tasks)
+
+    def example(self, index: int, length: int) -> Example:
+        rng = derive_rng(self.seed, self.split, self.name, length, index)
+        return self.tasks[int(rng.integers(len(self.tasks)))].example(index, length)
+
+
+def build_task(
+    name: str,
+    tokenizer,
+    *,
+    split: str = "train",
+    seed: int = 0,
+    babi_dir: str | Path | None = None,
+    background: Background | str | Path | Sequence[str | Path] | None = None,
+    segment_length: int | None = None,
+    dataset_path: str | Path | None = None,
+    dataset_config: str | None = None,
+    dataset_split: str | None = None,
+    num_digits: int = 5,
+    depth: float | None = None,
+    max_n_facts: int | None = None,
+    question_position: str = "last",
+    task_start_pct: float = 0.0,
+    task_end_pct: float = 1.0,
+) -> Task:
+    """Build a task by name: passkey, qa1..qa20, dataset, or a mixture such as "qa1,qa2".
+
+    `background` is a Background, a text file, a folder or a list of them; built-in prose when None. Options that a
+    task does not know are left alone. Raises UsageError for an unknown name or split, and for bad options.
+    """
+    options = dict(locals())
+    if split not in SPLITS:
+        raise UsageError(f"split must be one of {', '.join(SPLITS)}; got {split!r}{_hint(split, SPLITS)}")
+    names = [part.strip() for part in name.split(",")]
+    for part in names:
+        if part not in TASKS:
+            known = "passkey, qa1..qa20, dataset"
+            raise UsageError(f"--task {part!r} is unknown; known: {known}{_hint(part, TASKS)}")
+    tasks = [TASKS[part](part, tokenizer, options) for part in names]
+    return tasks[0] if len(tasks) == 1 else MixedTask(tasks, split=split, seed=seed)
+
+
+def _hint(given: str, known) -> str:
+    close = difflib.get_close_matches(given.lower(), list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""

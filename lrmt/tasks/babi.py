@@ -112,9 +112,9 @@ class _World:
         self.room = {person: self._pick(ROOMS) for person in PEOPLE}
         self.place = {thing: self._pick(ROOMS) for thing in OBJECTS}  # a room, or the person who holds it
         self.room_told: list[str | None] = []  # room named by each statement, None for get and drop
-        self.last_move: dict[str, int] = {}  # person -> statement
+        self.last_move: dict[str, list[int]] = {person: [] for person in PEOPLE}  # at most one statement each
         self.last_touch: dict[str, int] = {}  # object -> its last get or drop
-        self.origin: dict[str, int | None] = {}  # dropped object -> the dropper's last move before, if any
+        self.origin: dict[str, list[int]] = {}  # dropped object -> the dropper's last move before, if any
         self.carried: dict[str, list[int]] = {}  # object -> moves of its last carrier while he carried it
 
     def _pick(self, options: Sequence[str]) -> str:
@@ -138,7 +138,7 @@ class _World:
         if room == self.room[person]:
             return False
         self.room[person] = room
-        self.last_move[person] = len(self.facts)
+        self.last_move[person] = [len(self.facts)]
         for thing, place in self.place.items():
             if place == person:
                 self.carried[thing].append(len(self.facts))
@@ -158,7 +158,7 @@ class _World:
         if not held:
             return False
         thing = self._pick(held)
-        self.place[thing], self.origin[thing] = self.room[person], self.last_move.get(person)
+        self.place[thing], self.origin[thing] = self.room[person], self.last_move[person]
         self.last_touch[thing] = len(self.facts)
         there = " there" if self.random() < DROP_THERE else ""
         return self._append(person, thing, None, f"{person} {self._pick(DROP)} the {thing}{there}.")
@@ -166,18 +166,16 @@ class _World:
     # Each returns (question, answer, support), or None when the statement allows no question.
 
     def _ask_person(self, person: str, thing: str | None):
-        return f"Where is {person}? ", self.room[person], (self.last_move[person],)
+        return f"Where is {person}? ", self.room[person], tuple(self.last_move[person])
 
     def _ask_object(self, person: str, thing: str | None):
         if thing is None:
             return None
-        if self.place[thing] in PEOPLE:  # held: askable once the holder has moved
-            move = self.carried[thing][-1] if self.carried[thing] else None
-        else:
-            move = self.origin[thing]
-        if move is None:
+        held = self.place[thing] in PEOPLE
+        told = self.carried[thing][-1:] if held else self.origin[thing]
+        if not told:
             return None
-        return f"Where is the {thing}? ", self.room_told[move], (self.last_touch[thing], move)
+        return f"Where is the {thing}? ", self.room_told[told[0]], (self.last_touch[thing], told[0])
 
     def _ask_before(self, person: str, thing: str | None):
         if thing is None or len(self.carried[thing]) < 2:

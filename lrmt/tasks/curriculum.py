@@ -1,0 +1,98 @@
+"""Stages of growing segment counts, promoted by accuracy on held-out samples (Bulatov et al. 2023, §4: curriculum)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from lrmt.errors import UsageError
+
+
+@dataclasses.dataclass
+class Curriculum:
+    """Where training stands: a pure function of its fields, which a checkpoint keeps.
+
+    Args:
+        stages: longest text of each stage, in segments. max_steps: step limit of each stage (one number: of every stage).
+        promotion_accuracy: a stage ends early once held-out accuracy, 0..1, at its longest text reaches this.
+        vary_lengths: draw 1..n segments in stage n, else always n. seed: of those draws.
+    """
+
+    stages: list[int]
+    max_steps: list[int]
+    promotion_accuracy: float = 0.95
+    vary_lengths: bool = True
+    seed: int = 0
+    stage: int = 0
+    stage_step: int = 0
+    finished: bool = False
+    history: list[str] = dataclasses.field(default_factory=list)
+
+    def __post_init__(self):
+        if not self.stages or any(n < 1 for n in self.stages):
+            raise UsageError(f"`--curriculum_stages` must be segment counts of 1 or more; got {self.stages}")
+        if sorted(self.stages) != list(self.stages):
+            raise UsageError(f"`--curriculum_stages` must not shrink; got {self.stages}. Sort them")
+        if len(self.max_steps) == 1:
+            self.max_steps = self.max_steps * len(self.stages)
+        if len(self.max_steps) != len(self.stages) or any(n < 1 for n in self.max_steps):
+            raise UsageError(
+                f"`--stage_max_steps` must be one number or one per stage, each 1 or more; got {self.max_steps} for "
+                f"{len(self.stages)} stages"
+            )
+        if not 0 < self.promotion_accuracy <= 1:
+            raise UsageError(f"`--promotion_accuracy` must lie in (0, 1]; got {self.promotion_accuracy}")
+
+    @property
+    def segments(self) -> int:
+        """The longest text of the present stage."""
+        return self.stages[self.stage]
+
+    @property
+    def total_steps(self) -> int:
+        return sum(self.max_steps)
+
+    def draw_segments(self, step: int) -> int:
+        """How many segments every rank trains on at this global step."""
+        if not self.vary_lengths:
+            return self.segments
+        return int(np.random.default_rng([self.seed, step, self.stage]).integers(1, self.segments + 1))
+
+    def advance(self) -> bool:
+        """Counts one step; True when the stage's limit is reached and an evaluation must decide."""
+        self.stage_step += 1
+        return self.stage_step >= self.max_steps[self.stage]
+
+    def report(self, accuracy: float) -> str | None:
+        """Takes the held-out accuracy, 0..1, and returns why the stage ends, or None if it goes on."""
+        segments, step = self.segments, self.stage_step
+        if accuracy >= self.promotion_accuracy:
+            why = f"accuracy {accuracy:.3f} reached {self.promotion_accuracy:.3f} after {step} steps"
+        elif step >= self.max_steps[self.stage]:
+            why = f"step limit {step} reached with accuracy {accuracy:.3f} below {self.promotion_accuracy:.3f}"
+        else:
+            return None
+        last = self.stage + 1 == len(self.stages)
+        message = f"stage {self.stage + 1} of {len(self.stages)} ({segments} segments) ends: {why}; "
+        message += "curriculum finished" if last else f"next: up to {self.stages[self.stage + 1]} segments"
+        self.history.append(message)
+        if last:
+            self.finished = True
+        else:
+            self.stage, self.stage_step = self.stage + 1, 0
+        return message
+
+    def state_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+    def load_state_dict(self, state: dict) -> None:
+        """Takes up the position of a checkpoint; refuses one of another curriculum."""
+        for name in ("stages", "max_steps", "vary_lengths", "seed"):
+            if state[name] != getattr(self, name):
+                raise UsageError(
+                    f"`--resume_from_checkpoint`: the checkpoint was trained with {name} = {state[name]}, this run has "
+                    f"{getattr(self, name)}; use the same curriculum flags"
+                )
+        for name in ("stage", "stage_step", "finished", "history"):
+            setattr(self, name, state[name])

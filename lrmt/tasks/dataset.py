@@ -1,0 +1,135 @@
+"""A user's own rows: columns input, question and target, from a local file or the Hub."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+from lrmt.errors import UsageError
+from lrmt.tasks.base import Example, Pieces, Task, check_segment, epoch_order, join
+
+COLUMNS = ("input", "question", "target")  # the public BABILong schema
+_FILE_SUFFIXES = (".jsonl", ".parquet")
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+class DatasetTask(Task):
+    """Stored rows; `length` is ignored, since each row has its own.
+
+    `dataset_path` is a .jsonl or .parquet file, or a Hub dataset id with `dataset_config` and `dataset_split` (default:
+    the task's own split). Train shuffles each epoch, other splits keep the order of the rows.
+    Raises UsageError for anything missing or empty, and when a row's question and answer exceed `segment_length`.
+    """
+
+    name = "dataset"
+
+    def __init__(
+        self,
+        tokenizer,
+        dataset_path: str | Path | None,
+        *,
+        split: str = "train",
+        seed: int = 0,
+        segment_length: int | None = None,
+        dataset_config: str | None = None,
+        dataset_split: str | None = None,
+    ):
+        if not dataset_path:
+            raise UsageError("task dataset needs --dataset_path: a .jsonl or .parquet file, or a Hub dataset id")
+        source = str(dataset_path)
+        if looks_local(source):
+            rows = _read_file(Path(source).expanduser())
+        else:
+            rows = _read_hub(source, dataset_config, dataset_split or split)
+        self.inputs, self.questions, self.targets = ([] for _ in COLUMNS)
+        for number, row in enumerate(rows, start=1):
+            for column, values in zip(COLUMNS, (self.inputs, self.questions, self.targets), strict=True):
+                values.append(_text_of(row, column, f"{source} row {number}"))
+        if not self.inputs:
+            raise UsageError(f"{source} has no rows; give at least one with {', '.join(COLUMNS)}")
+        self.split, self.seed, self.pieces = split, seed, Pieces(tokenizer)
+        self.max_new_tokens = 0
+        encoded = zip(self.pieces.encode(self.questions), self.pieces.encode(self.targets), strict=True)
+        for number, (question, target) in enumerate(encoded, start=1):
+            answer = [*target, tokenizer.eos_token_id]
+            check_segment(question, answer, segment_length, f"{source} row {number}")
+            self.max_new_tokens = max(self.max_new_tokens, len(answer))
+
+    def num_examples(self, length: int) -> int:
+        return len(self.inputs)
+
+    def example(self, index: int, length: int = 0) -> Example:
+        total = len(self.inputs)
+        row = epoch_order(total, index, self.seed, self.name) if self.split == "train" else index % total
+        context, question = self.pieces.encode([self.inputs[row], self.questions[row]])
+        question_text, target = self.questions[row].strip(), self.targets[row].strip()
+        return Example(join([context, question]), self.pieces.answer(target), question_text, target, self.name)
+
+
+def looks_local(source: str) -> bool:
+    """Whether a name means a file here rather than a Hub dataset id; nothing is looked up for such a name."""
+    parent = os.path.dirname(source)
+    return (
+        os.path.exists(os.path.expanduser(source))
+        or (parent != "" and os.path.isdir(parent))
+        or source.startswith((".", "~", os.sep))
+        or source.lower().endswith((*_FILE_SUFFIXES, ".json", ".csv", ".txt", ".gz"))
+        or _HUB_ID.fullmatch(source) is None
+    )
+
+
+def _read_file(path: Path) -> list[dict]:
+    if not path.is_file():
+        folder = path if path.is_dir() else path.parent
+        there = ", ".join(sorted(p.name for p in folder.iterdir())[:12]) if folder.is_dir() else ""
+        fact = "is a folder" if path.is_dir() else "does not exist"
+        raise UsageError(f"--dataset_path {path} {fact}; {folder} holds: {there or 'nothing'}")
+    if path.suffix.lower() not in _FILE_SUFFIXES:
+        raise UsageError(f"--dataset_path {path} is neither .jsonl nor .parquet; convert it to one of them")
+    if path.suffix.lower() == ".parquet":
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            return pq.read_table(path).to_pylist()
+        except (pa.ArrowException, OSError) as error:
+            raise UsageError(f"--dataset_path {path} is no readable parquet file: {_one_line(error)}") from error
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: JSON strings may hold U+2028
+    except UnicodeDecodeError as error:
+        raise UsageError(f"--dataset_path {path} is not UTF-8 text: {_one_line(error)}") from error
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UsageError(f"{path}:{number} is not JSON ({error.msg}); give one object per line") from error
+        if not isinstance(row, dict):
+            raise UsageError(f"{path}:{number} is no JSON object; give {{{', '.join(COLUMNS)}}} on each line")
+        rows.append(row)
+    return rows
+
+
+def _read_hub(name: str, config: str | None, split: str):
+    import datasets
+
+    try:
+        return datasets.load_dataset(name, config, split=split)
+    except Exception as error:  # the Hub client raises many kinds; the user needs one line
+        at = f"--dataset_path {name}" + (f" --dataset_config {config}" if config else "") + f" --dataset_split {split}"
+        raise UsageError(f"cannot load {at}: {_one_line(error)}") from error
+
+
+def _text_of(row: dict, column: str, where: str) -> str:
+    if column not in row:
+        raise UsageError(f"{where} has no column {column!r}; needed: {', '.join(COLUMNS)}; found: {', '.join(row)}")
+    value = row[column]
+    if not isinstance(value, str) or not value.strip():
+        raise UsageError(f"{where} has no text in {column!r} (got {value!r}); fill it in or remove the row")
+    return value
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
