@@ -1,0 +1,1 @@
+"""Accuracy by length, beside the untrained memory and the backbone alone."""

@@ -1,0 +1,178 @@
+"""The command `lrmt`. Heavy imports are inside the subcommands, so that help and mistakes cost no time."""
+
+import argparse
+import sys
+
+from lrmt import __version__
+from lrmt.errors import UsageError
+from lrmt.evaluation.settings import EvaluationSettings, suggest
+
+EVALUATE = """\
+Accuracy by length with a 95 % confidence interval (Wilson), beside two columns measured in the same run:
+  untrained   the same memory before training (the adapter disabled)
+  backbone    the bare model, shown as much of the END of the text as one segment holds
+
+Writes results.json (one record a cell: model, task, length_tokens, segments, accuracy, ci_low, ci_high, n; accuracy
+and interval in 0..1), heatmap.png and settings.json. Started again with the same settings, it keeps the finished cells
+and measures the others, further --lengths and --task included.
+"""
+
+EVALUATE_EXAMPLES = """\
+examples:
+  lrmt evaluate --adapter_path runs/passkey --task passkey --lengths 1 2 4 8 16 32
+  lrmt evaluate --adapter_path runs/qa1 --task qa1 qa2 --lengths 4k 16k 64k --background_dir books
+  lrmt evaluate --adapter_path runs/qa1 --task qa1 --babi_dir tasks_1-20_v1-2/en-valid-10k --num_samples 1000
+  lrmt evaluate --adapter_path runs/mine --dataset_name questions.jsonl
+"""
+
+MERGE = """\
+Writes the adapter into its backbone: a folder of full weights that lrmt.load reads without PEFT.
+"""
+
+MERGE_EXAMPLES = """\
+example:
+  lrmt merge --adapter_path runs/passkey --output_dir runs/passkey-merged
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with one line for an error and no guessing of abbreviated flags."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message):
+        self.exit(2, f"lrmt: error: {message}; see {self.prog} --help\n")
+
+
+def build_parser() -> tuple[Parser, dict[str, Parser]]:
+    """The parser of `lrmt`, and those of its commands."""
+    parser = Parser(prog="lrmt", description="Long memory for pretrained LLaMA and Mistral.")
+    parser.add_argument("--version", action="version", version=f"lrmt {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
+    add_evaluate(commands)
+    add_merge(commands)
+    return parser, commands.choices
+
+
+def add_evaluate(commands):
+    parser = commands.add_parser(
+        "evaluate", help="accuracy by length, with baselines", description=EVALUATE, epilog=EVALUATE_EXAMPLES
+    )
+    add = parser.add_argument
+    add("--adapter_path", required=True, metavar="DIR", help="folder that training wrote (an adapter) or lrmt merge")
+    add("--task", nargs="+", default=[], metavar="NAME", help="passkey, qa1, … qa20; several make a grid")
+    add(
+        "--lengths",
+        nargs="+",
+        default=[],
+        metavar="N",
+        help="segments as plain numbers (8); tokens with k or M (4k, 1M; 1k = 1000), rounded down to whole segments so "
+        "that the question lies in the last one (default: 1 2 4 8 16 32)",
+    )
+    add(
+        "--dataset_name",
+        metavar="FILE",
+        help="your own rows instead of --task: a .jsonl or .parquet file with columns input, question, target; right is "
+        "what equals the target (first line, case ignored); length_tokens is the mean",
+    )
+    add("--num_samples", type=int, metavar="N", help="questions a cell (default: 100; with --dataset_name: all rows)")
+    add("--batch_size", type=int, default=8, metavar="N", help="questions answered at once (default: 8)")
+    add("--seed", type=int, default=0, metavar="N", help="of the generated questions (default: 0)")
+    add(
+        "--split",
+        default="test",
+        metavar="NAME",
+        help="train, validation or test (default: test; of a --babi_dir without test files, its validation files)",
+    )
+    add("--babi_dir", metavar="DIR", help="official bAbI files (qa1_test.txt, …); without it qa1-qa3 are simulated")
+    add("--background_dir", metavar="DIR", help="books (.txt) to hide the facts in; without it built-in prose")
+    add("--load_in_4bit", action="store_true", default=None, help="backbone in NF4 (default: as trained)")
+    add("--no_load_in_4bit", dest="load_in_4bit", action="store_false", help="backbone in full (default: as trained)")
+    add(
+        "--scoring",
+        default="official",
+        metavar="RULE",
+        help="of the qa tasks: official (BABILong's, where a target 'none' of qa7 never scores), strict (whole words, "
+        "mends that), contains, exact (default: official); passkey: first integer, always",
+    )
+    add("--output_dir", metavar="DIR", help="default: ADAPTER_PATH/evaluation")
+    add("--overwrite", action="store_true", help="replace an evaluation of other settings in --output_dir")
+    parser.set_defaults(run=evaluate)
+
+
+def add_merge(commands):
+    parser = commands.add_parser(
+        "merge", help="write an adapter into its backbone", description=MERGE, epilog=MERGE_EXAMPLES
+    )
+    add = parser.add_argument
+    add("--adapter_path", required=True, metavar="DIR", help="folder that training wrote")
+    add("--output_dir", required=True, metavar="DIR", help="folder for the merged model, new or empty")
+    add(
+        "--merge_base",
+        choices=("original", "nf4_roundtrip"),
+        default="original",
+        help="weights to add the adapter to: as published (original), or rounded to NF4 and back, which is what a 4-bit "
+        "adapter was trained against (default: original)",
+    )
+    parser.set_defaults(run=merge)
+
+
+def evaluate(options):
+    options.update(task=tuple(options["task"]), lengths=tuple(options["lengths"]))
+    settings = EvaluationSettings(**options)
+    quiet_libraries()
+    from lrmt.evaluation.run import run_evaluation
+
+    run_evaluation(settings)
+
+
+def merge(options):
+    quiet_libraries()
+    from lrmt.publishing.merge import merge_adapter
+
+    merge_adapter(options["adapter_path"], options["output_dir"], options["merge_base"])
+
+
+def quiet_libraries():
+    """Leaves errors, and the warnings of lrmt itself."""
+    import logging
+    import warnings
+
+    warnings.filterwarnings("ignore", module="bitsandbytes")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+
+
+def parse(argv) -> dict:
+    """Options by name; whatever is mistyped ends here with a suggestion, before argparse misses what it should have been."""
+    parser, commands = build_parser()
+    if argv and not argv[0].startswith("-"):
+        if argv[0] not in commands:
+            parser.error(f"no command {argv[0]!r}{suggest(argv[0], commands)}")
+        flags = commands[argv[0]]._option_string_actions
+        for flag in (word.split("=")[0] for word in argv[1:] if word.startswith("--")):
+            if flag not in flags:
+                commands[argv[0]].error(f"no flag {flag}{suggest(flag, flags)}")
+    return vars(parser.parse_args(argv))
+
+
+def main(argv=None) -> int:
+    """Runs one command; returns its exit code (2 for bad input, which is one line on stderr)."""
+    options = parse(sys.argv[1:] if argv is None else list(argv))
+    run, _ = options.pop("run"), options.pop("command")
+    try:
+        run(options)
+    except UsageError as error:
+        print("lrmt: error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("lrmt: interrupted; what was finished is kept", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

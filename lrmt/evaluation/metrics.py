@@ -1,0 +1,88 @@
+"""Scoring rules of BABILong (Kuratov et al. 2024), the passkey and plain data sets, and Wilson's interval."""
+
+import math
+import re
+
+ROOMS = ("bathroom", "bedroom", "garden", "hallway", "kitchen", "office")
+YES_NO = ("no", "yes")
+DIRECTIONS = ("e,e", "e,n", "e,s", "n,e", "n,n", "n,w", "s,e", "s,s", "s,w", "w,n", "w,s", "w,w")
+
+# The answer sets of the bAbI files.
+TASK_LABELS = {
+    **dict.fromkeys(("qa1", "qa2", "qa3", "qa4", "qa11", "qa12", "qa13"), ROOMS),
+    "qa5": ("bill", "fred", "jeff", "mary", "apple", "football", "milk"),
+    **dict.fromkeys(("qa6", "qa17", "qa18"), YES_NO),
+    "qa7": ("none", "one", "two", "three"),
+    "qa8": ("apple", "football", "milk", "nothing"),
+    **dict.fromkeys(("qa9", "qa10"), ("maybe", *YES_NO)),
+    "qa14": ("bedroom", "cinema", "kitchen", "office", "park", "school"),
+    "qa15": ("cat", "mouse", "sheep", "wolf"),
+    "qa16": ("gray", "green", "white", "yellow"),
+    "qa19": DIRECTIONS,
+    "qa20": ("bedroom", "bored", "garden", "hungry", "kitchen", "thirsty", "tired"),
+}
+
+RULES = ("official", "strict", "contains", "exact")
+
+
+def score(target: str, output: str, question: str, task: str, rule: str = "official") -> bool:
+    """Whether `output`, the decoded answer of a model, is right.
+
+    `rule` (bAbI tasks):
+      official  first sentence, labels of the task found as substrings, minus those that the question names: exactly
+                the target must remain. Compatible to the letter with BABILong's own metric, its defect included: for
+                qa7 "one" is a substring of "none", so a target "none" never scores.
+      strict    the same with whole-word labels, which mends qa7.
+      contains  the target is a substring of the output, case ignored (as lm-evaluation-harness reports).
+      exact     the first line equals the target, case and outer spaces ignored.
+    Task "passkey": the first integer of the output equals the target, whatever the rule. Tasks without a label set
+    (task "dataset", the user's own rows) have no official rule: `official` and `strict` mean `exact` there.
+    Raises ValueError for an unknown rule.
+    """
+    if rule not in RULES:
+        raise ValueError(f"rule must be one of {', '.join(RULES)}; got {rule!r}")
+    if task == "passkey":
+        return _first_integer(output) == int(target)
+    if rule == "contains":
+        return target.strip().lower() in output.lower()
+    if rule == "exact" or task not in TASK_LABELS:
+        return _first_line(output) == target.strip().lower()
+    return _labels_match(target, output, question, TASK_LABELS[task], whole_words=rule == "strict")
+
+
+def _labels_match(target, output, question, labels, whole_words):
+    answer = output.lower().split(".")[0].split("<context>")[0].split("<example>")[0]
+    mentioned = _find_labels(answer, labels, whole_words) - _find_labels(question.lower(), labels, whole_words)
+    target = target.lower()
+    # qa8 answers with a list; "n,e" of qa19 is one label.
+    wanted = {target} if target in labels else set(target.split(","))
+    return mentioned == wanted
+
+
+def _find_labels(text, labels, whole_words):
+    if whole_words:
+        return {label for label in labels if re.search(rf"(?<!\w){re.escape(label)}(?!\w)", text)}
+    return {label for label in labels if label in text}
+
+
+def _first_integer(text):
+    match = re.search(r"\d+", text, re.ASCII)
+    return int(match.group()) if match else None
+
+
+def _first_line(text):
+    return next(iter(text.strip().splitlines()), "").strip().lower()
+
+
+def wilson_interval(successes: int, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
+    """Wilson's score interval of a proportion (Wilson 1927), 95 % by default: (low, high), both in 0..1.
+
+    Raises ValueError unless 0 <= successes <= n and n > 0.
+    """
+    if not 0 <= successes <= n or n == 0:
+        raise ValueError(f"need 0 <= successes <= n and n > 0; got {successes} and {n}")
+    share = successes / n
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    # At 0 and n the bound is exact; rounding must not move it.
+    return (0.0 if successes == 0 else centre - half, 1.0 if successes == n else centre + half)

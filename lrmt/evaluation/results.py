@@ -1,0 +1,111 @@
+"""The records of an evaluation: on disk, and as a table."""
+
+import json
+import os
+from pathlib import Path
+
+from lrmt.errors import UsageError
+from lrmt.evaluation.metrics import wilson_interval
+
+
+def build_record(model: str, task: str, length_tokens: int, segments: int, successes: int, n: int) -> dict:
+    """One line of results.json; `accuracy`, `ci_low` and `ci_high` (95 %, Wilson) are in 0..1."""
+    low, high = wilson_interval(successes, n)
+    return {
+        "model": model,
+        "task": task,
+        "length_tokens": length_tokens,
+        "segments": segments,
+        "accuracy": successes / n,
+        "ci_low": low,
+        "ci_high": high,
+        "n": n,
+    }
+
+
+class ResultsFolder:
+    """An output folder: results.json, heatmap.png, and settings.json, which says of which evaluation they are.
+
+    Opening reads and checks but writes nothing. Raises UsageError for a folder that holds anything else, unless
+    `overwrite`; other files are never touched.
+    """
+
+    def __init__(self, path, identity: dict, overwrite: bool = False):
+        self.path, self.identity, self.records = Path(path), identity, []
+        self.resumed = not overwrite and self._read()
+
+    def _read(self) -> bool:
+        if not self.path.is_dir() or not any(self.path.iterdir()):
+            return False
+        remedy = "name another --output_dir, or give --overwrite"
+        try:
+            found = json.loads((self.path / "settings.json").read_text())
+            self.records = json.loads((self.path / "results.json").read_text())
+        except (OSError, ValueError):
+            raise UsageError(f"--output_dir {self.path} is not empty and holds no evaluation; {remedy}") from None
+        for key, value in self.identity.items():
+            if found.get(key) != value:
+                was, now = (json.dumps(v) for v in (found.get(key), value))
+                raise UsageError(
+                    f"--output_dir {self.path} holds another evaluation ({key} {was}, now {now}); {remedy}"
+                )
+        return True
+
+    def prepare(self):
+        """Creates the folder and, unless resumed, starts an empty result file in it."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if not self.resumed:
+                self.write("results.json", to_json([]))
+                self.write("settings.json", to_json(self.identity))
+        except OSError as error:
+            raise UsageError(f"--output_dir {self.path} cannot be written ({error.strerror}); name another") from None
+
+    def has(self, model: str, task: str, segments: int | None) -> bool:
+        """Whether the cell is finished; `segments` None means any."""
+        return any(
+            r["model"] == model and r["task"] == task and segments in (None, r["segments"]) for r in self.records
+        )
+
+    def add(self, records: list[dict]):
+        self.records += records
+        self.write("results.json", to_json(self.records))
+
+    def write(self, name: str, content: str | bytes):
+        """Writes under a temporary name and renames, so that a reader never sees half a file."""
+        temporary = self.path / f".{name}.{os.getpid()}.tmp"
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(temporary, self.path / name)
+
+
+def to_json(value) -> str:
+    """JSON with one line for each record or key."""
+    if isinstance(value, list):
+        return "[\n" + ",\n".join("  " + json.dumps(record) for record in value) + "\n]\n"
+    return json.dumps(value, indent=2) + "\n"
+
+
+def format_table(records: list[dict]) -> str:
+    """The records as plain text: for each task a block with a row for each length and a column for each model."""
+    models = list(dict.fromkeys(record["model"] for record in records))
+    blocks = []
+    for task in dict.fromkeys(record["task"] for record in records):
+        rows = [["segments", "tokens", *models]]
+        of_task = {(r["length_tokens"], r["segments"], r["model"]): r for r in records if r["task"] == task}
+        for tokens, segments in sorted({key[:2] for key in of_task}):
+            found = [of_task.get((tokens, segments, model)) for model in models]
+            rows.append([str(segments), f"{tokens:,}", *("-" if r is None else format_cell(r) for r in found)])
+        n = "/".join(str(n) for n in sorted({r["n"] for r in of_task.values()}))
+        blocks.append(f"{task}: accuracy in %, 95 % interval, n = {n}\n{align(rows)}")
+    return "\n\n".join(blocks)
+
+
+def format_cell(record: dict) -> str:
+    accuracy, low, high = (100 * record[key] for key in ("accuracy", "ci_low", "ci_high"))
+    return f"{accuracy:5.1f} [{low:4.1f}, {high:5.1f}]"
+
+
+def align(rows: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["   ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

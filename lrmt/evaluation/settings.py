@@ -1,0 +1,158 @@
+"""What `lrmt evaluate` is asked to do: every field is the flag of the same name, checked on construction."""
+
+import difflib
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from lrmt import __version__
+from lrmt.errors import UsageError
+from lrmt.evaluation.metrics import RULES, TASK_LABELS
+
+TASKS = ("passkey", *sorted(TASK_LABELS, key=lambda name: int(name[2:])))
+SPLITS = ("train", "validation", "test")
+DEFAULT_LENGTHS = ("1", "2", "4", "8", "16", "32")
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """Settings of one evaluation; raises UsageError, one line, for whatever cannot work."""
+
+    adapter_path: str
+    task: tuple[str, ...] = ()
+    lengths: tuple[str, ...] = ()
+    dataset_name: str | None = None
+    num_samples: int | None = None
+    batch_size: int = 8
+    seed: int = 0
+    split: str = "test"
+    babi_dir: str | None = None
+    background_dir: str | None = None
+    load_in_4bit: bool | None = None
+    scoring: str = "official"
+    output_dir: str | None = None
+    overwrite: bool = False
+
+    def __post_init__(self):
+        adapter = Path(self.adapter_path)
+        if not adapter.is_dir():
+            raise UsageError(f"--adapter_path must be a folder that training or merging wrote; got {self.adapter_path}")
+        if not (adapter / "config.json").is_file():
+            there = ", ".join(sorted(file.name for file in adapter.iterdir())[:10]) or "nothing"
+            raise UsageError(f"--adapter_path {adapter} has no config.json, so it is no lrmt model; it holds: {there}")
+        if self.dataset_name is None:
+            self._check_generated_tasks()
+        else:
+            self._check_dataset()
+        for flag in ("num_samples", "batch_size"):
+            if getattr(self, flag) is not None and getattr(self, flag) < 1:
+                raise UsageError(f"--{flag} must be at least 1; got {getattr(self, flag)}")
+        if self.seed < 0:
+            raise UsageError(f"--seed must not be negative; got {self.seed}")
+        if self.scoring not in RULES:
+            got = f"{self.scoring!r}{suggest(self.scoring, RULES)}"
+            raise UsageError(f"--scoring must be one of {', '.join(RULES)}; got {got}")
+        if self.split not in SPLITS:
+            got = f"{self.split!r}{suggest(self.split, SPLITS)}"
+            raise UsageError(f"--split must be one of {', '.join(SPLITS)}; got {got}")
+        for flag in ("babi_dir", "background_dir"):
+            folder = getattr(self, flag)
+            if folder is not None and not Path(folder).is_dir():
+                raise UsageError(f"--{flag} must be a folder; got {folder}")
+        if self.background_dir is not None and not any(Path(self.background_dir).rglob("*.txt")):
+            raise UsageError(f"--background_dir {self.background_dir} holds no .txt file; name a folder of text books")
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UsageError(f"--output_dir must be a folder; {self.folder} is a file")
+
+    def _check_generated_tasks(self):
+        if not self.task:
+            raise UsageError("give --task (passkey, qa1, … qa20) or --dataset_name (a .jsonl file of your own rows)")
+        for name in self.task:
+            if name not in TASKS:
+                raise UsageError(f"--task must be one of passkey, qa1, … qa20; got {name!r}{suggest(name, TASKS)}")
+        for length in self.lengths:
+            parse_length(length)
+
+    def _check_dataset(self):
+        if self.task or self.lengths:
+            raise UsageError("--dataset_name takes the rows as they are; leave out --task and --lengths")
+        if self.dataset_name.endswith((".jsonl", ".parquet")) and not Path(self.dataset_name).is_file():
+            raise UsageError(f"--dataset_name {self.dataset_name} does not exist; its columns: input, question, target")
+
+    @property
+    def folder(self) -> Path:
+        """Where results.json, settings.json and heatmap.png go."""
+        return Path(self.output_dir) if self.output_dir else Path(self.adapter_path) / "evaluation"
+
+    def cells(self, segment_length: int) -> list[tuple[str, int | None]]:
+        """The (task, segments) pairs to measure, without repeats; the user's own rows have no set length (None)."""
+        if self.dataset_name:
+            return [("dataset", None)]
+        segments = sorted({parse_length(text, segment_length) for text in self.lengths or DEFAULT_LENGTHS})
+        return [(task, n) for task in dict.fromkeys(self.task) for n in segments]
+
+    def identity(self) -> dict:
+        """Whatever changes an accuracy; two runs of one identity may share an output folder.
+
+        Tasks and lengths are not part of it (they name cells), nor is the batch size.
+        """
+        return {
+            "adapter": fingerprint(self.adapter_path),
+            "num_samples": self.num_samples,
+            "seed": self.seed,
+            "split": self.split,
+            "scoring": self.scoring,
+            "load_in_4bit": self.load_in_4bit,
+            "dataset_name": fingerprint(self.dataset_name),
+            "babi_dir": resolve(self.babi_dir),
+            "background_dir": resolve(self.background_dir),
+            "version": __version__,
+        }
+
+
+def parse_length(text: str, segment_length: int | None = None) -> int:
+    """Segments in a length: "8" is 8 segments, "4k" or "1M" are tokens, rounded down to whole segments.
+
+    Without `segment_length` only the spelling is checked, and a length in tokens counts as 1.
+    """
+    match = re.fullmatch(r"(\d+)|(\d+(?:\.\d+)?)([kKmM])", str(text))
+    if match is None:
+        raise UsageError(f"--lengths takes segments (8) or tokens (4k, 0.5M); got {text!r}")
+    if match[1]:
+        segments = int(match[1])
+    elif segment_length is None:
+        segments = 1 if float(match[2]) else 0
+    else:
+        tokens = round(float(match[2]) * (1_000 if match[3] in "kK" else 1_000_000))
+        segments = tokens // segment_length
+        if segments < 1:
+            raise UsageError(f"--lengths {text} is less than one segment of {segment_length} tokens; ask for more")
+    if segments < 1:
+        raise UsageError(f"--lengths must be at least one segment; got {text!r}")
+    return segments
+
+
+def fingerprint(path) -> str | None:
+    """A digest of the file, or of the weights and configurations in the folder; a name that is neither stays as it is."""
+    if path is None or not Path(path).exists():
+        return path
+    path = Path(path)
+    digest = hashlib.sha256()
+    files = [path] if path.is_file() else sorted([*path.glob("*.safetensors"), *path.glob("*config.json")])
+    for file in files:
+        digest.update(file.name.encode())
+        with open(file, "rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def resolve(path) -> str | None:
+    return None if path is None else str(Path(path).resolve())
+
+
+def suggest(word: str, choices) -> str:
+    """'; did you mean …?' for a near miss, else nothing."""
+    near = difflib.get_close_matches(word, choices, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
