@@ -136,15 +136,16 @@ def _save_cache(path: Path, arrays: tuple[np.ndarray, np.ndarray, np.ndarray]) -
         warnings.warn(f"background not cached in {path.parent}: {error}", stacklevel=2)
 
 
-_MARK = re.compile(r"^\*\*\*\s?(START|END) OF TH(?:E|IS) PROJECT GUTENBERG EBOOK.*$", re.MULTILINE | re.IGNORECASE)
+_START = re.compile(r"^\*\*\*\s?START OF TH(?:E|IS) PROJECT GUTENBERG EBOOK.*$", re.MULTILINE | re.IGNORECASE)
+_END = re.compile(r"^(?:\*\*\*\s?)?END OF (?:TH(?:E|IS) )?PROJECT GUTENBERG", re.MULTILINE | re.IGNORECASE)
 
 
 def strip_gutenberg(text: str) -> str:
     """The text between Project Gutenberg's START and END marks; all of it where they are absent."""
-    marks = {match[1].upper(): match for match in _MARK.finditer(text)}
-    begin = marks["START"].end() if "START" in marks else 0
-    end = marks["END"].start() if "END" in marks else len(text)
-    return text[begin:end] if begin < end else text
+    start = _START.search(text)
+    begin = start.end() if start else 0
+    end = _END.search(text, begin)
+    return text[begin : end.start() if end else len(text)]
 
 
 _STOP = re.compile(r"(\S*?)([.!?]+[\"'”’)\]_]*)\s+(?=[\"'“‘(\[_—]*[A-Z0-9])")

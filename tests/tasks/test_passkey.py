@@ -1,0 +1,78 @@
+import re
+
+import numpy as np
+import pytest
+
+from lrmt.errors import UsageError
+from lrmt.tasks.passkey import FILLER, PasskeyTask
+
+LANDMARK = re.compile(r"The pass key is (\d+)\. Remember it\. (\d+) is the pass key\.")
+
+
+@pytest.mark.parametrize("length", [120, 128, 1000, 100_003])
+def test_length_is_exact_and_the_wording_is_whole(tokenizer, length):
+    for index in range(5):
+        example = PasskeyTask(tokenizer).example(index, length)
+        assert len(example.prompt_ids) + len(example.answer_ids) == length
+        text = tokenizer.decode(example.prompt_ids)
+        (told,) = LANDMARK.findall(text)
+        assert told == (example.target, example.target)
+        assert text.endswith(" What is the pass key? The pass key is")
+        assert tokenizer.decode(example.answer_ids) == f" {example.target}</s>"
+        assert 10000 <= int(example.target) <= 99999
+
+
+def test_all_filler_is_the_landmark_filler(tokenizer):
+    task = PasskeyTask(tokenizer, depth=0)
+    text = tokenizer.decode(task.example(0, 2000).prompt_ids)
+    after_key = text.split("is the pass key.")[1].split(" What is the pass key?")[0]
+    assert len(after_key) > 3000
+    assert ((" " + " ".join(FILLER)) * 200).startswith(after_key)
+
+
+@pytest.mark.parametrize(("depth", "share"), [(0, 0.0), (0.5, 0.5), (1, 1.0)])
+def test_depth_places_the_key(tokenizer, depth, share):
+    task = PasskeyTask(tokenizer, depth=depth)
+    ids = task.example(3, 20_000).prompt_ids
+    text = tokenizer.decode(ids)
+    before, after = text.split(" The pass key is ", 1)
+    assert len(before) / len(text) == pytest.approx(share, abs=0.01)
+
+
+def test_random_depth_covers_the_whole_length(tokenizer):
+    task = PasskeyTask(tokenizer)
+    texts = [tokenizer.decode(task.example(i, 4000).prompt_ids) for i in range(200)]
+    shares = np.array([LANDMARK.search(text).start() / len(text) for text in texts])
+    deciles = np.bincount((shares * 10).astype(int), minlength=10)
+    assert deciles.min() >= 8
+    assert deciles.max() <= 36
+
+
+def test_examples_depend_on_seed_split_index_and_length_alone(tokenizer):
+    def key(seed=0, split="train", index=0, length=300, task=None):
+        return (task or PasskeyTask(tokenizer, seed=seed, split=split)).example(index, length).target
+
+    used = PasskeyTask(tokenizer)
+    [used.example(i, 300) for i in range(4)]
+    assert key(task=used) == key()
+    different = [key(), key(seed=1), key(split="validation"), key(split="test"), key(index=1), key(length=301)]
+    assert len(set(different)) == len(different)
+
+
+@pytest.mark.parametrize("num_digits", [1, 3, 7])
+def test_num_digits(tokenizer, num_digits):
+    task = PasskeyTask(tokenizer, num_digits=num_digits)
+    examples = [task.example(i, 200) for i in range(20)]
+    assert {len(e.target) for e in examples} == {num_digits}
+    assert all(len(e.answer_ids) <= task.max_new_tokens for e in examples)
+
+
+def test_bad_options_are_refused(tokenizer):
+    with pytest.raises(UsageError, match="passkey does not fit into 40 tokens; give a length of"):
+        PasskeyTask(tokenizer).example(0, 40)
+    with pytest.raises(UsageError, match="--num_digits must be"):
+        PasskeyTask(tokenizer, num_digits=0)
+    with pytest.raises(UsageError, match=r"--depth must lie in \[0, 1\].*got 1.5"):
+        PasskeyTask(tokenizer, depth=1.5)
+    with pytest.raises(UsageError, match="--segment_length 16 is too short"):
+        PasskeyTask(tokenizer, segment_length=16)
