@@ -103,6 +103,8 @@ class LongContextModel(PreTrainedModel, GenerationMixin):
 
     config_class = LongContextConfig
     state_class: ClassVar[type[State]]
+    #: config fields on which a state depends
+    state_settings: ClassVar[tuple[str, ...]] = ()
     #: submodules that train in full beside LoRA (PEFT's `modules_to_save`)
     memory_modules: ClassVar[list[str]] = []
     main_input_name = "input_ids"
@@ -162,8 +164,9 @@ class LongContextModel(PreTrainedModel, GenerationMixin):
 
     def fingerprint(self) -> str:
         """Identifies the model that made a state: its config, its memory, and the start of the backbone's embeddings."""
-        config = {k: v for k, v in self.config.to_dict().items() if k in self.config_class.__annotations__}
-        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+        settings = [self.config.model_type, self.config.backbone_config.model_type]
+        settings += [getattr(self.config, name) for name in self.state_settings]
+        digest = hashlib.sha256(json.dumps(settings).encode())
         for tensor in [*self._memory_weights(), self.get_input_embeddings().weight[:4]]:
             digest.update(tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
         return digest.hexdigest()[:16]

@@ -78,6 +78,7 @@ class RmtForCausalLM(LongContextModel):
 
     config_class = RmtConfig
     state_class = RmtState
+    state_settings = ("num_memory_tokens", "segment_length", "segment_alignment")
     memory_modules = ["memory_embedding"]
 
     def __init__(self, config: RmtConfig, backbone: PreTrainedModel | None = None):

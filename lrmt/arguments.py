@@ -1,0 +1,211 @@
+"""Every flag of a recipe: a dataclass field, a command-line flag and a YAML key of one name."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import os
+import sys
+from dataclasses import dataclass, field
+
+import yaml
+from transformers import TrainingArguments as HfTrainingArguments
+from trl import ModelConfig as TrlModelConfig
+from trl import ScriptArguments as TrlScriptArguments
+from trl import TrlParser
+
+from lrmt.errors import UsageError
+
+
+@dataclass
+class ModelArguments(TrlModelConfig):
+    """The backbone, its quantisation and LoRA: TRL's `ModelConfig` with QLoRA switched on."""
+
+    model_name_or_path: str | None = field(
+        default="tiny-llama",
+        metadata={"help": "Hub id, folder, or a backbone that ships with lrmt: tiny-llama, tiny-mistral."},
+    )
+    use_peft: bool = field(default=True, metadata={"help": "Train LoRA adapters (off: the memory embedding alone)."})
+    load_in_4bit: bool = field(default=True, metadata={"help": "Quantise the frozen backbone to 4 bits."})
+    use_bnb_nested_quant: bool = field(default=True, metadata={"help": "Quantise the quantisation constants too."})
+    dtype: str | None = field(default="bfloat16", metadata={"help": "Of the backbone's computations: bfloat16 or float32."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Backbone layers that LoRA adapts; default: every linear layer but the head."}
+    )
+
+    def __post_init__(self):
+        if self.load_in_8bit:
+            raise UsageError("`--load_in_8bit` is not supported; got True. Use `--load_in_4bit` or neither")
+        if self.dtype not in ("bfloat16", "float32", "float16"):
+            raise UsageError(f"`--dtype` must be bfloat16, float32 or float16; got {self.dtype}")
+        super().__post_init__()
+
+
+@dataclass
+class TaskArguments(TrlScriptArguments):
+    """What is to be remembered."""
+
+    task: str = field(
+        default="passkey",
+        metadata={"help": "passkey, qa1, qa2, qa3, several separated by commas, or dataset (see --dataset_name)."},
+    )
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Own rows for --task dataset: a JSONL or Parquet file or a Hub id; columns input, question, target."},
+    )
+    babi_dir: str | None = field(
+        default=None, metadata={"help": "Folder of official bAbI files (qa1_train.txt, …); default: the built-in simulator."}
+    )
+    background_dir: str | None = field(
+        default=None, metadata={"help": "Folder of .txt books that hide the facts; default: built-in procedural prose."}
+    )
+    num_digits: int = field(default=5, metadata={"help": "Digits of a pass key."})
+    question_position: str = field(
+        default="last", metadata={"help": "Where BABILong's question stands: last, first or both."}
+    )
+    max_n_facts: int | None = field(default=None, metadata={"help": "Drop bAbI stories with more facts than this."})
+
+    def __post_init__(self):
+        if self.dataset_name is not None:
+            self.task = "dataset"
+        elif self.task == "dataset":
+            raise UsageError("`--task dataset` needs `--dataset_name`; got none. Name a JSONL or Parquet file or a Hub id")
+
+
+@dataclass
+class RmtArguments:
+    """RMT's own settings (`RmtConfig`)."""
+
+    num_memory_tokens: int = field(default=16, metadata={"help": "Memory tokens m that carry the past."})
+    segment_length: int = field(default=1024, metadata={"help": "Tokens per segment L."})
+    bptt_segments: int | None = field(
+        default=None, metadata={"help": "Gradients of a segment's loss reach this many segments; default: all."}
+    )
+    segment_alignment: str = field(
+        default="left", metadata={"help": "left: the last segment is the short one; right: the first."}
+    )
+    checkpoint_segments: bool = field(
+        default=True, metadata={"help": "Recompute segments in the backward pass: memory does not grow with their number."}
+    )
+
+
+@dataclass
+class CurriculumArguments:
+    """Growing lengths."""
+
+    curriculum_stages: list[int] = field(
+        default_factory=lambda: [1, 2, 4, 8], metadata={"help": "Longest text of each stage, in segments."}
+    )
+    stage_max_steps: list[int] = field(
+        default_factory=lambda: [500], metadata={"help": "Step limit of each stage (one number: of every stage)."}
+    )
+    promotion_accuracy: float = field(
+        default=0.95, metadata={"help": "A stage ends early at this held-out accuracy (0..1) on its longest text."}
+    )
+    vary_lengths: bool = field(default=True, metadata={"help": "Stage n draws 1..n segments per step; off: always n."})
+    eval_samples: int = field(default=64, metadata={"help": "Held-out samples per evaluation, over all ranks."})
+
+
+@dataclass
+class TrainingArguments(HfTrainingArguments):
+    """transformers' `TrainingArguments` with the defaults of long-memory training."""
+
+    output_dir: str | None = field(default="runs/rmt", metadata={"help": "Where adapter, checkpoints and logs go."})
+    dry_run: bool = field(
+        default=False, metadata={"help": "Print plan, trainable parameters and memory estimate; train nothing."}
+    )
+    eval_strategy: str = field(default="steps", metadata={"help": "Evaluate every --eval_steps steps, and at stage ends."})
+    eval_steps: float | None = field(default=50, metadata={"help": "Steps between evaluations."})
+    logging_steps: float = field(default=10, metadata={"help": "Steps between log lines."})
+    save_steps: float = field(default=200, metadata={"help": "Steps between checkpoints."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
+    lr_scheduler_type: str = field(default="linear", metadata={"help": "Learning-rate schedule within each stage."})
+    warmup_steps: float = field(default=0.1, metadata={"help": "Warm-up of each stage: steps, or a fraction of the limit."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN losses (they stop training here)."})
+    report_to: str = field(default="none", metadata={"help": "tensorboard, wandb, trackio, … or none."})
+
+
+class Parser(TrlParser):
+    """TRL's parser; an unknown flag or key, or a value of the wrong type, is one line and exit code 2."""
+
+    def error(self, message: str):
+        raise UsageError(message)
+
+    def parse_known_args(self, args=None, namespace=None):
+        namespace, unknown = super().parse_known_args(args, namespace)
+        for flag in unknown:
+            if flag.startswith("--"):
+                self._refuse("flag", flag.split("=")[0], [o for a in self._actions for o in a.option_strings])
+        return namespace, unknown
+
+    def _refuse(self, kind: str, name: str, known: list[str]):
+        close = difflib.get_close_matches(name, known, n=1)
+        raise UsageError(f"unknown {kind} `{name}`" + (f"; did you mean `{close[0]}`?" if close else "; see --help"))
+
+
+def parse_arguments(*dataclass_types, default_config: str, description: str, args: list[str] | None = None) -> tuple:
+    """One instance per dataclass type, from the command line over `--config FILE` over the defaults.
+
+    Args:
+        default_config: the YAML file used where no `--config` is given.
+
+    Raises:
+        UsageError: unknown key or flag (with a "did you mean"), a value of the wrong type, an unreadable file.
+    """
+    parser = Parser(
+        dataclass_types, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--config", help=f"YAML file of any of these keys; default: {os.path.basename(default_config)}")
+    args = list(sys.argv[1:] if args is None else args)
+    config_path = default_config
+    for position, arg in enumerate(args):
+        if arg == "--config" and position + 1 < len(args):
+            config_path = args[position + 1]
+            del args[position : position + 2]
+            break
+        if arg.startswith("--config="):
+            config_path = arg.split("=", 1)[1]
+            del args[position]
+            break
+    parser.set_defaults_with_config(**_read_config(config_path, parser))
+    try:
+        return tuple(parser.parse_args_into_dataclasses(args=args)[: len(dataclass_types)])
+    except UsageError:
+        raise
+    except (ValueError, TypeError, ImportError) as error:
+        raise UsageError(" ".join(str(error).split())) from None
+
+
+def _read_config(path: str, parser: Parser) -> dict:
+    try:
+        with open(path) as file:
+            config = yaml.safe_load(file) or {}
+    except OSError as error:
+        folder = os.path.dirname(path) or "."
+        there = sorted(n for n in os.listdir(folder) if n.endswith((".yaml", ".yml"))) if os.path.isdir(folder) else []
+        raise UsageError(
+            f"`--config` {path}: {error.strerror}" + (f"; {folder} holds {', '.join(there)}" if there else "")
+        ) from None
+    except yaml.YAMLError as error:
+        raise UsageError(f"`--config` {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(config, dict):
+        raise UsageError(f"`--config` {path} must be a mapping of keys to values; got {type(config).__name__}")
+    known = [action.dest for action in parser._actions if action.dest not in ("help", "config")]
+    for key in config:
+        if key not in known:
+            parser._refuse(f"key in {path}", str(key), known)
+    for action in parser._actions:
+        # argparse converts string defaults only: bring "1e-4", which YAML reads as a string, and numbers to their type
+        value = config.get(action.dest)
+        if isinstance(value, (list, dict, bool)) or value is None or action.type is None:
+            continue
+        try:
+            config[action.dest] = action.type(str(value))
+        except (ValueError, argparse.ArgumentTypeError):
+            raise UsageError(f"key `{action.dest}` in {path}: {value!r} is not a valid value; see --help") from None
+    return config
+
+
+def as_dict(*instances) -> dict:
+    return {k: v for instance in instances for k, v in dataclasses.asdict(instance).items()}

@@ -1,0 +1,152 @@
+"""From a name to a trainable model: load, quantise, wrap, LoRA."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from trl import get_peft_config, get_quantization_config
+
+from lrmt.arguments import ModelArguments
+from lrmt.errors import UsageError
+from lrmt.models.base import LongContextModel, gathered
+
+
+def shipped_backbones() -> list[str]:
+    """Names of the tiny backbones that come with the package."""
+    return sorted(p.name for p in Path(str(files("lrmt") / "assets")).glob("tiny-*") if (p / "config.json").exists())
+
+
+def resolve_backbone(name: str) -> str:
+    """A shipped backbone's folder, or the Hub id or folder as given; raises `UsageError` for a folder without a model."""
+    if name in shipped_backbones():
+        return str(files("lrmt") / "assets" / name)
+    path = Path(name)
+    if path.exists() and not (path / "config.json").is_file():
+        there = ", ".join(sorted(p.name for p in path.iterdir())[:8]) if path.is_dir() else "a file"
+        raise UsageError(f"`--model_name_or_path` {name}: no config.json there (found: {there or 'nothing'})")
+    if not path.exists() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
+        shipped = ", ".join(shipped_backbones())
+        raise UsageError(f"`--model_name_or_path` {name}: no such folder, nor a backbone that ships with lrmt ({shipped})")
+    return name
+
+
+def _open(loader, name: str, **kwargs):
+    try:
+        return loader(resolve_backbone(name), **kwargs)
+    except UsageError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UsageError(f"`--model_name_or_path` {name} cannot be loaded: {first}") from None
+
+
+def load_tokenizer(name: str, revision: str | None = None):
+    """The backbone's tokenizer, with a padding token."""
+    tokenizer = _open(AutoTokenizer.from_pretrained, name, revision=revision)
+    if tokenizer.eos_token_id is None:
+        raise UsageError(f"`--model_name_or_path` {name}: its tokenizer has no end-of-sequence token, which answers end in")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_backbone(
+    name: str,
+    *,
+    revision: str | None = None,
+    quantization_config: BitsAndBytesConfig | None = None,
+    dtype: torch.dtype | str = torch.float32,
+    attn_implementation: str | None = None,
+    device_map: dict | None = None,
+) -> PreTrainedModel:
+    """Loads a frozen decoder (`trust_remote_code` stays off). Raises `UsageError` if it cannot be loaded."""
+    config = _open(AutoConfig.from_pretrained, name, revision=revision)
+    backbone = _open(
+        AutoModelForCausalLM.from_pretrained,
+        name,
+        config=config,
+        revision=revision,
+        dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype,
+        quantization_config=quantization_config,
+        attn_implementation=attn_implementation,
+        device_map=device_map,
+    )
+    backbone.config.use_cache = False
+    return backbone.requires_grad_(False)
+
+
+def build_model(
+    model_class: type[LongContextModel],
+    model_args: ModelArguments,
+    settings: dict,
+    *,
+    sharded: bool = False,
+    device_map: dict | None = None,
+) -> PeftModel:
+    """Loads, quantises (NF4), wraps, and adds LoRA and the memory: exactly those two train.
+
+    Args:
+        model_class: the memory method. settings: fields of its config class.
+        sharded: under DeepSpeed all trainables have the backbone's dtype, and 4-bit weights are stored in it, because
+            ZeRO-3 gathers tensors of one dtype together; otherwise trainables are fp32.
+
+    Returns:
+        `PeftModel(model_class(backbone))`.
+    """
+    if sharded and model_args.load_in_4bit:
+        model_args.bnb_4bit_quant_storage = model_args.dtype
+    quantization_config = get_quantization_config(model_args)
+    if quantization_config is not None:
+        # the head keeps its precision, and so does an embedding tied to it; lrmt never trains either
+        quantization_config.bnb_4bit_compute_dtype = getattr(torch, model_args.dtype)
+    backbone = load_backbone(
+        model_args.model_name_or_path,
+        revision=model_args.model_revision,
+        quantization_config=quantization_config,
+        dtype=model_args.dtype,
+        attn_implementation=model_args.attn_implementation,
+        device_map=device_map,
+    )
+    model = model_class.from_backbone(
+        backbone,
+        backbone_revision=model_args.model_revision,
+        backbone_quantization=model_args.bnb_4bit_quant_type if model_args.load_in_4bit else None,
+        backbone_fingerprint=backbone_fingerprint(backbone),
+        **settings,
+    )
+    # the name as the user gave it: a shipped backbone's folder is a path of this machine
+    model.config.backbone_name = model.name_or_path = model.config._name_or_path = model_args.model_name_or_path
+    model.config.backbone_config._name_or_path = model_args.model_name_or_path
+    peft_config = get_peft_config(model_args) or LoraConfig(task_type="CAUSAL_LM", target_modules=[])
+    peft_config.modules_to_save = list(model_class.memory_modules)
+    peft_config.base_model_name_or_path = model_args.model_name_or_path
+    if peft_config.target_modules is None:
+        peft_config.target_modules = "all-linear"
+    elif model_args.use_peft is False:
+        peft_config.target_modules, peft_config.layers_to_transform = r"(?!)", None
+    peft_model = get_peft_model(model, peft_config, autocast_adapter_dtype=not sharded)
+    dtype = getattr(torch, model_args.dtype) if sharded else torch.float32
+    for parameter in peft_model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+    return peft_model
+
+
+def backbone_fingerprint(backbone: PreTrainedModel) -> str:
+    """Identifies a backbone by its shape and the start of its token embeddings, which quantisation leaves alone."""
+    config = backbone.config
+    shape = [config.model_type, config.hidden_size, config.num_hidden_layers, config.vocab_size]
+    embeddings = backbone.get_input_embeddings().weight
+    with gathered(embeddings):
+        rows = embeddings[:16].detach().to("cpu", torch.bfloat16).contiguous()
+    return hashlib.sha256(json.dumps(shape).encode() + rows.view(torch.int16).numpy().tobytes()).hexdigest()[:16]
+
+
+def trainable_names(model: torch.nn.Module) -> list[str]:
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
