@@ -1,0 +1,86 @@
+"""The three columns on a real, tiny, random model: who sees what, and that padding and adapters do not leak."""
+
+import numpy as np
+import pytest
+import torch
+from evaluation_fakes import EOS, FakeTokenizer
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from lrmt.evaluation.baselines import answer, build_contenders
+from lrmt.models import RmtForCausalLM
+
+SEGMENT, NEW = 12, 6
+
+
+class Digits(FakeTokenizer):
+    def decode(self, ids, skip_special_tokens=True):
+        return " ".join(map(str, ids))
+
+
+def build_backbone():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64, eos_token_id=EOS, bos_token_id=None,
+    )  # fmt: skip
+    backbone = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in backbone.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return backbone
+
+
+@pytest.fixture(scope="module")
+def model():
+    rmt = RmtForCausalLM.from_backbone(build_backbone(), num_memory_tokens=3, segment_length=SEGMENT)
+    lora = LoraConfig(r=4, target_modules="all-linear", modules_to_save=["memory_embedding"], task_type="CAUSAL_LM")
+    peft = get_peft_model(rmt, lora)
+    with torch.no_grad():  # as if trained
+        for name, parameter in peft.named_parameters():
+            if parameter.requires_grad:
+                parameter.add_((0.1 if "lora" in name else 1.0) * torch.randn_like(parameter))
+    return peft.eval()
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    rng = np.random.default_rng(0)
+    return [rng.integers(16, 50, size=length) for length in (7, 12, 23, 30, 41)]
+
+
+def answers(contender, prompts):
+    return answer(contender, prompts, Digits(), NEW)
+
+
+def test_columns_differ_and_repeat(model, prompts):
+    columns = {c.name: answers(c, prompts) for c in build_contenders(model)}
+    assert list(columns) == ["rmt", "untrained", "backbone"]
+    assert len({tuple(column) for column in columns.values()}) == 3
+    # disabling the adapter for a column leaves nothing behind
+    assert {c.name: answers(c, prompts) for c in reversed(build_contenders(model))} == columns
+
+
+def test_the_untrained_memory_is_the_wrapper_as_it_was_built(model, prompts):
+    torch.manual_seed(0)
+    fresh = RmtForCausalLM.from_backbone(build_backbone(), num_memory_tokens=3, segment_length=SEGMENT).eval()
+    memory = model.get_base_model().memory_embedding.original_module.weight
+    fresh.memory_embedding.weight.data.copy_(memory.data)
+    untrained = build_contenders(model)[1]
+    assert answers(untrained, prompts) == answers(build_contenders(fresh)[0], prompts)
+
+
+def test_the_backbone_is_the_plain_model_on_the_end_of_the_text(model, prompts):
+    plain = build_backbone()
+    expected = []
+    for ids in prompts:
+        end = torch.as_tensor(ids[-SEGMENT:])[None]
+        new = plain.generate(end, max_new_tokens=NEW, do_sample=False, pad_token_id=EOS)[0, end.shape[1] :].tolist()
+        expected.append(Digits().decode(new[: new.index(EOS)] if EOS in new else new))
+    assert answers(build_contenders(model)[2], prompts) == expected
+
+
+def test_a_padded_batch_answers_as_its_rows_alone(model, prompts):
+    for contender in build_contenders(model):
+        alone = [answers(contender, [ids])[0] for ids in prompts]
+        assert answers(contender, prompts) == alone, contender.name
