@@ -87,6 +87,14 @@ def add_evaluate(commands):
     )
     add("--babi_dir", metavar="DIR", help="official bAbI files (qa1_test.txt, …); without it qa1-qa3 are simulated")
     add("--background_dir", metavar="DIR", help="books (.txt) to hide the facts in; without it built-in prose")
+    add("--num_digits", type=int, default=5, metavar="N", help="of a pass key, as in training (default: 5)")
+    add(
+        "--question_position",
+        default="last",
+        metavar="WHERE",
+        help="last, first or both, as in training (default: last)",
+    )
+    add("--max_n_facts", type=int, metavar="N", help="leave out bAbI stories with more facts than this")
     add("--load_in_4bit", action="store_true", default=None, help="backbone in NF4 (default: as trained)")
     add("--no_load_in_4bit", dest="load_in_4bit", action="store_false", help="backbone in full (default: as trained)")
     add(

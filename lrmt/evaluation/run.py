@@ -32,7 +32,7 @@ def run_evaluation(settings: EvaluationSettings) -> list[dict]:
     for name, task in tasks.items():  # the shortest cell of each: a length that nothing fits into is refused here
         task.example(0, (next(segments for cell, segments in cells if cell == name) or 0) * segment_length)
 
-    model = lrmt.load(settings.adapter_path, load_in_4bit=settings.load_in_4bit).eval()
+    model = load_model(settings)
     contenders = build_contenders(model)
     if len(contenders) == 1:
         print("merged model: no adapter to disable, so the columns untrained and backbone are left out")
@@ -68,6 +68,15 @@ def run_evaluation(settings: EvaluationSettings) -> list[dict]:
     return folder.records
 
 
+def load_model(settings: EvaluationSettings):
+    """The model on the first GPU, or on the CPU where there is none."""
+    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(settings.seed)  # the untrained memory is drawn anew
+    device_map = None if device == "cpu" else {"": device}
+    model = lrmt.load(settings.adapter_path, load_in_4bit=settings.load_in_4bit, device_map=device_map).eval()
+    return model if hasattr(model, "disable_adapter") else model.to(device)
+
+
 def build_tasks(settings: EvaluationSettings, tokenizer, segment_length: int) -> dict:
     """The tasks by name; they share one background."""
     background = None if settings.background_dir is None else Background(settings.background_dir, tokenizer)
@@ -81,6 +90,9 @@ def build_tasks(settings: EvaluationSettings, tokenizer, segment_length: int) ->
             background=background,
             segment_length=segment_length,
             dataset_path=settings.dataset_name,
+            num_digits=settings.num_digits,
+            question_position=settings.question_position,
+            max_n_facts=settings.max_n_facts,
         )
         for name in (["dataset"] if settings.dataset_name else dict.fromkeys(settings.task))
     }

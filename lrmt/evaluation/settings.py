@@ -29,6 +29,9 @@ class EvaluationSettings:
     split: str = "test"
     babi_dir: str | None = None
     background_dir: str | None = None
+    num_digits: int = 5
+    question_position: str = "last"
+    max_n_facts: int | None = None
     load_in_4bit: bool | None = None
     scoring: str = "official"
     output_dir: str | None = None
@@ -107,6 +110,9 @@ class EvaluationSettings:
             "dataset_name": fingerprint(self.dataset_name),
             "babi_dir": resolve(self.babi_dir),
             "background_dir": resolve(self.background_dir),
+            "num_digits": self.num_digits,
+            "question_position": self.question_position,
+            "max_n_facts": self.max_n_facts,
             "version": __version__,
         }
 

@@ -27,7 +27,7 @@ def adapter(tmp_path, monkeypatch):
     (folder / "config.json").write_text("{}")
     (folder / "adapter_model.safetensors").write_bytes(b"weights")
     model = FakeModel(reach=4)
-    monkeypatch.setattr(lrmt, "load", lambda path, load_in_4bit=None: model, raising=False)
+    monkeypatch.setattr(lrmt, "load", lambda path, **options: model, raising=False)
     monkeypatch.setattr(run, "load_tokenizer", lambda path: FakeTokenizer())
     monkeypatch.setattr(run, "read_segment_length", lambda path: SEGMENT)
     monkeypatch.setattr(run, "build_tasks", lambda settings, tokenizer, length: {t: FakeTask() for t in settings.task})

@@ -1,0 +1,113 @@
+"""`lrmt evaluate` from a saved adapter to its files, with nothing faked but the training."""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+from lrmt.cli import main
+from lrmt.models import RmtForCausalLM
+from lrmt.training.checkpoint import save_adapter
+
+SEGMENT = 384
+
+
+def build_tokenizer():
+    """One token a byte."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*alphabet, "</s>", "<pad>"])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="<pad>")
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluate")
+    tokenizer = build_tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=512, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "backbone")
+    backbone = AutoModelForCausalLM.from_pretrained(folder / "backbone")
+    rmt = RmtForCausalLM.from_backbone(backbone, num_memory_tokens=4, segment_length=SEGMENT)
+    lora = LoraConfig(r=2, target_modules="all-linear", modules_to_save=["memory_embedding"], task_type="CAUSAL_LM")
+    save_adapter(get_peft_model(rmt, lora), folder / "adapter", tokenizer)
+    return folder / "adapter"
+
+
+def evaluate(adapter, *flags):
+    try:
+        return main(["evaluate", "--adapter_path", str(adapter), *map(str, flags)])
+    except SystemExit as stop:
+        return stop.code
+
+
+def test_generated_tasks(adapter, tmp_path, capsys):
+    flags = ["--task", "passkey", "qa1", "--lengths", "1", "1k", "--num_samples", "3", "--batch_size", "2", "--output_dir"]
+    assert evaluate(adapter, *flags, tmp_path / "out") == 0
+    records = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [(r["task"], r["length_tokens"]) for r in records[::3]] == [
+        ("passkey", SEGMENT), ("passkey", 2 * SEGMENT), ("qa1", SEGMENT), ("qa1", 2 * SEGMENT)
+    ]  # fmt: skip
+    assert [r["model"] for r in records[:3]] == ["rmt", "untrained", "backbone"]
+    assert {r["n"] for r in records} == {3}
+    assert (tmp_path / "out" / "heatmap.png").read_bytes()[:4] == b"\x89PNG"
+    out = capsys.readouterr().out
+    assert "passkey: accuracy in %" in out
+    assert "qa1: accuracy in %" in out
+    # again: nothing left to do, the same records
+    assert evaluate(adapter, *flags, tmp_path / "out") == 0
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == records
+
+
+def test_own_rows(adapter, tmp_path):
+    rows = [{"input": "The cat sat. " * n, "question": "Who sat?", "target": "the cat"} for n in (1, 30, 90)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert evaluate(adapter, "--dataset_name", tmp_path / "rows.jsonl", "--output_dir", tmp_path / "out") == 0
+    records = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [(r["model"], r["task"], r["n"]) for r in records] == [
+        ("rmt", "dataset", 3), ("untrained", "dataset", 3), ("backbone", "dataset", 3)
+    ]  # fmt: skip
+    # " The cat sat. The cat sat." is 13 n bytes, the rest of a row 9 + 8 + 1
+    assert records[0]["length_tokens"] == round(sum(13 * n + 18 for n in (1, 30, 90)) / 3)
+    assert records[0]["segments"] == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--task passkey --lengths 100k 0.3k", "--lengths 0.3k is less than one segment of 384"),
+        ("--task qa4", "qa4"),
+        ("--task passkey --num_digits 40", "--num_digits"),
+        ("--task qa1 --question_position middle", "--question_position"),
+        ("--task qa1 --babi_dir .", "qa1_test.txt"),
+        ("--dataset_name rows.jsonl", "target"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(adapter, tmp_path, capsys, monkeypatch, flags, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"input": "a", "question": "b"}\n')
+    assert evaluate(adapter, *flags.split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("lrmt: error: ")
+    assert error.count("\n") == 1
+    assert message in error
+    assert not (adapter / "evaluation").exists()
+
+
+def test_files_missing_from_the_adapter_are_named(adapter, tmp_path, capsys):
+    for name in ("config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((adapter / name).read_bytes())
+    assert evaluate(tmp_path, "--task", "passkey") == 2
+    assert "adapter_model.safetensors missing" in capsys.readouterr().err
+    (tmp_path / "tokenizer.json").unlink()
+    assert evaluate(tmp_path, "--task", "passkey") == 2
+    assert "tokenizer" in capsys.readouterr().err
+    assert not (tmp_path / "evaluation").exists()
