@@ -38,6 +38,14 @@ def kind(fact):
     return next(name for name in ("go", "get", "drop") if match[name])
 
 
+def later_moves(sample):
+    """Moves of the carrier after the one into the room of a qa3 question, while the object is carried."""
+    touch, arrival, _ = sample.support
+    end = touch if kind(sample.facts[touch]) == "drop" else len(sample.facts)
+    carrier = sample.facts[touch].split()[0]
+    return sum(fact.startswith(carrier) and kind(fact) == "go" for fact in sample.facts[arrival + 1 : end])
+
+
 def vocabulary(samples):
     sentences = {text for s in samples for text in (*s.facts, s.question, s.answer)}
     return set(re.findall(r"\w+|[.?]", " ".join(sentences)))
@@ -253,5 +261,6 @@ def test_simulated_stories_are_distributed_like_the_files(task, simulated, offic
     compare(lambda story: sum(story[-1].question.split()[2].strip("?") in f for f in story[-1].facts[-5:]), range(1, 6))
     if task == "qa3":
         compare(lambda story: story[-1].support[1] - story[-1].support[2], (2, 3, 5, 8, 13))
+        compare(lambda story: later_moves(story[-1]), (1, 2, 3))
     elif task == "qa2":
         compare(lambda story: story[-1].support[0] - story[-1].support[1], (-8, -3, 1, 3, 6, 10))

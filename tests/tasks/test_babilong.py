@@ -125,6 +125,15 @@ def test_examples_depend_on_seed_split_index_and_length_alone(tokenizer, prose, 
     assert len(set(map(tuple, forward))) == 6
 
 
+def test_simulated_stories_differ_between_splits_and_stop_at_any_of_their_questions(tokenizer, prose):
+    tasks = [BabilongTask("qa1", tokenizer, prose, split=split) for split in ("train", "validation", "test")]
+    stories = [{decode(tokenizer, task.example(i, 0)) for i in range(500)} for task in tasks]
+    assert len(stories[0] & stories[1]) < 25 and len(stories[1] & stories[2]) < 25  # short ones recur by chance
+    counts = np.bincount([len(FACT.findall(decode(tokenizer, tasks[0].example(i, 0)))) for i in range(1000)])
+    assert np.flatnonzero(counts).tolist() == [2, 4, 6, 8, 10]
+    assert chisquare(counts[2::2]).pvalue > 1e-3
+
+
 def test_facts_go_to_uniform_gaps_in_order(tokenizer, prose):
     """Gaps drawn with replacement: each fact's gap uniform over n + 1, and several facts may share one."""
     task = BabilongTask("qa1", tokenizer, prose)
