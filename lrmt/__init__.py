@@ -1,3 +1,22 @@
 """Long memory for pretrained LLaMA and Mistral."""
 
+from importlib import import_module
+
 __version__ = "0.1.0"
+
+_EXPORTS = {
+    "RmtConfig": "lrmt.models",
+    "RmtForCausalLM": "lrmt.models",
+    "load": "lrmt.training.checkpoint",
+}
+
+
+def __getattr__(name: str):
+    # torch and transformers take seconds to import: only when something needs them
+    if name in _EXPORTS:
+        return getattr(import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module 'lrmt' has no attribute {name!r}")
+
+
+def __dir__():
+    return [*globals(), *_EXPORTS]

@@ -9,6 +9,7 @@ import os
 import sys
 from dataclasses import dataclass, field
 
+import torch
 import yaml
 from transformers import TrainingArguments as HfTrainingArguments
 from trl import ModelConfig as TrlModelConfig
@@ -115,6 +116,9 @@ class TrainingArguments(HfTrainingArguments):
     dry_run: bool = field(
         default=False, metadata={"help": "Print plan, trainable parameters and memory estimate; train nothing."}
     )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Train into a folder that is not empty; its adapter and checkpoints are replaced."}
+    )
     eval_strategy: str = field(default="steps", metadata={"help": "Evaluate every --eval_steps steps, and at stage ends."})
     eval_steps: float | None = field(default=50, metadata={"help": "Steps between evaluations."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between log lines."})
@@ -124,6 +128,11 @@ class TrainingArguments(HfTrainingArguments):
     warmup_steps: float = field(default=0.1, metadata={"help": "Warm-up of each stage: steps, or a fraction of the limit."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN losses (they stop training here)."})
     report_to: str = field(default="none", metadata={"help": "tensorboard, wandb, trackio, … or none."})
+
+    def __post_init__(self):
+        # transformers refuses bf16 without a GPU unless told that the CPU is meant
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        super().__post_init__()
 
 
 class Parser(TrlParser):
@@ -144,7 +153,7 @@ class Parser(TrlParser):
         raise UsageError(f"unknown {kind} `{name}`" + (f"; did you mean `{close[0]}`?" if close else "; see --help"))
 
 
-def parse_arguments(*dataclass_types, default_config: str, description: str, args: list[str] | None = None) -> tuple:
+def parse_arguments(*dataclass_types, default_config: str | os.PathLike, description: str, args: list[str] | None = None) -> tuple:
     """One instance per dataclass type, from the command line over `--config FILE` over the defaults.
 
     Args:
@@ -158,7 +167,7 @@ def parse_arguments(*dataclass_types, default_config: str, description: str, arg
     )
     parser.add_argument("--config", help=f"YAML file of any of these keys; default: {os.path.basename(default_config)}")
     args = list(sys.argv[1:] if args is None else args)
-    config_path = default_config
+    config_path = str(default_config)
     for position, arg in enumerate(args):
         if arg == "--config" and position + 1 < len(args):
             config_path = args[position + 1]

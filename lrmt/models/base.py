@@ -54,11 +54,12 @@ class LongContextConfig(PreTrainedConfig):
 
 @dataclasses.dataclass
 class LongContextOutput(ModelOutput):
-    """`loss` scalar; `logits` `[B, T, V]`, or `[N, V]` for the N scored positions when labels are given; `state`."""
+    """`loss` scalar; `logits` `[B, T, V]`, or `[N, V]` for the N scored positions when labels are given; `state`; `memory_norm`: RMS of the last memory."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     state: State | None = None
+    memory_norm: Tensor | None = None
 
 
 @dataclasses.dataclass

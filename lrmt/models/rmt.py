@@ -132,7 +132,8 @@ class RmtForCausalLM(LongContextModel):
         if labels is None and logits_to_keep == 1:
             return self._next_token(input_ids, attention_mask, state)
         grid, memory = self._begin(input_ids, attention_mask, labels, state)
-        hidden = grid.row_major(self._scored_hidden_states(grid, memory))
+        hidden, memory = self._scored_hidden_states(grid, memory)
+        hidden = grid.row_major(hidden)
         if labels is None:
             logits = self.get_output_embeddings()(hidden)
             if attention_mask is None or bool(attention_mask.all()):
@@ -141,30 +142,55 @@ class RmtForCausalLM(LongContextModel):
             padded[attention_mask.bool()] = logits
             return LongContextOutput(logits=padded)
         targets = grid.targets()
+        norm = memory.detach().float().pow(2).mean().sqrt()
         # one call of the head per step, also when nothing is scored: ranks must make the same module calls
         logits = self.get_output_embeddings()(hidden if len(targets) else hidden.new_zeros(1, hidden.shape[-1]))
         if not len(targets):
-            return LongContextOutput(loss=logits.sum() * 0.0, logits=logits[:0])
-        return LongContextOutput(
-            loss=F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets), logits=logits
-        )
+            return LongContextOutput(loss=logits.sum() * 0.0, logits=logits[:0], memory_norm=norm)
+        loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets)
+        return LongContextOutput(loss=loss, logits=logits, memory_norm=norm)
 
-    def _scored_hidden_states(self, grid: Grid, memory: Tensor) -> Tensor:
-        """The hidden states of the scored positions, `[N, d]`, segment by segment."""
-        k = self.config.bptt_segments
-        if k is None or k >= len(grid):
-            return torch.cat(self._recur(grid, range(len(grid)), memory)[0])
-        # exact truncation: each scored segment has its own window of k segments, begun from a detached memory
-        scored = [s for s, segment in enumerate(grid) if segment.scored is not None]
-        hidden, at = [], 0
-        for s in scored:
-            begin = max(0, s - k + 1)
+    def _scored_hidden_states(self, grid: Grid, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """The hidden states of the scored positions, `[N, d]`, segment by segment, and the last memory."""
+        hidden, last = [memory.new_zeros(0, memory.shape[-1])], memory
+        at = 0
+        for begin, end in self._windows(grid):
             if begin > at:
                 with torch.no_grad():
                     memory = self._recur(grid, range(at, begin), memory)[1]
                 at = begin
-            hidden.append(self._recur(grid, range(begin, s + 1), memory)[0][-1])
-        return torch.cat(hidden) if hidden else memory.new_zeros(0, memory.shape[-1])
+            kept, last = self._recur(grid, range(begin, end), memory)
+            hidden += kept if begin == 0 and end == len(grid) else kept[-1:]
+        return torch.cat(hidden), last
+
+    def _windows(self, grid: Grid) -> list[tuple[int, int]]:
+        """Spans of segments to run with gradients: all at once, or with truncation one window per scored segment.
+
+        Exact truncation: the loss of segment s reaches the k segments s-k+1..s and no other, so windows overlap.
+        """
+        k = self.config.bptt_segments
+        if k is None or k >= len(grid) or not torch.is_grad_enabled():
+            return [(0, len(grid))]
+        return [(max(0, s - k + 1), s + 1) for s, segment in enumerate(grid) if segment.scored is not None]
+
+    def num_backbone_calls(self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None) -> int:
+        """How often `forward` runs the backbone on this batch: what must agree between ranks."""
+        config = self.config
+        grid = Grid(
+            input_ids, attention_mask, labels, segment_length=config.segment_length, alignment=config.segment_alignment
+        )
+        windows = self._windows(grid)
+        return (windows[-1][0] if windows else 0) + sum(end - begin for begin, end in windows)
+
+    @torch.no_grad()
+    def memory_norms(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[float]:
+        """Root-mean-square of the memory written by each segment but the last."""
+        grid, memory = self._begin(input_ids, attention_mask, None, None, reading=True)
+        norms = []
+        for s in range(len(grid) - 1):
+            memory = self._recur(grid, range(s, s + 1), memory)[1]
+            norms.append(float(memory.float().pow(2).mean().sqrt()))
+        return norms
 
     def _recur(self, grid: Grid, window: range, memory: Tensor) -> tuple[list[Tensor], Tensor]:
         """The RMT loop: hidden states of the scored positions per segment, and the memory after the window."""

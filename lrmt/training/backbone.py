@@ -36,7 +36,7 @@ def resolve_backbone(name: str) -> str:
     return name
 
 
-def _open(loader, name: str, **kwargs):
+def open_pretrained(loader, name: str, **kwargs):
     try:
         return loader(resolve_backbone(name), **kwargs)
     except UsageError:
@@ -48,7 +48,7 @@ def _open(loader, name: str, **kwargs):
 
 def load_tokenizer(name: str, revision: str | None = None):
     """The backbone's tokenizer, with a padding token."""
-    tokenizer = _open(AutoTokenizer.from_pretrained, name, revision=revision)
+    tokenizer = open_pretrained(AutoTokenizer.from_pretrained, name, revision=revision)
     if tokenizer.eos_token_id is None:
         raise UsageError(f"`--model_name_or_path` {name}: its tokenizer has no end-of-sequence token, which answers end in")
     if tokenizer.pad_token_id is None:
@@ -66,8 +66,8 @@ def load_backbone(
     device_map: dict | None = None,
 ) -> PreTrainedModel:
     """Loads a frozen decoder (`trust_remote_code` stays off). Raises `UsageError` if it cannot be loaded."""
-    config = _open(AutoConfig.from_pretrained, name, revision=revision)
-    backbone = _open(
+    config = open_pretrained(AutoConfig.from_pretrained, name, revision=revision)
+    backbone = open_pretrained(
         AutoModelForCausalLM.from_pretrained,
         name,
         config=config,

@@ -1,0 +1,64 @@
+"""What happens around a step: curriculum decisions and the progress bar."""
+
+from __future__ import annotations
+
+import time
+
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+
+from lrmt.tasks.curriculum import Curriculum
+
+
+class CurriculumCallback(TrainerCallback):
+    """Evaluates every `eval_steps` of a stage and at its step limit; stops training after the last stage."""
+
+    def __init__(self, curriculum: Curriculum):
+        self.curriculum = curriculum
+
+    def on_step_end(self, args, state, control, **kwargs):
+        limit = self.curriculum.advance()
+        control.should_evaluate = limit or self.curriculum.stage_step % int(args.eval_steps) == 0
+        return control
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        if self.curriculum.finished:
+            control.should_training_stop = control.should_save = True
+        return control
+
+
+class ProgressCallback(TrainerCallback):
+    """A progress bar with stage, loss and tokens/s; the log says at each promotion why."""
+
+    def __init__(self, curriculum: Curriculum):
+        self.curriculum, self.bar, self.loss = curriculum, None, None
+        self.tokens, self.since = 0, 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.since = time.perf_counter()
+        if state.is_world_process_zero and not args.disable_tqdm:
+            self.bar = tqdm(total=self.curriculum.total_steps, initial=state.global_step, dynamic_ncols=True, unit="step")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.bar is None:
+            return
+        now = time.perf_counter()
+        speed = self.tokens / max(now - self.since, 1e-9)
+        self.tokens, self.since = 0, now
+        stage = f"stage {self.curriculum.stage + 1}/{len(self.curriculum.stages)} (≤{self.curriculum.segments} segments)"
+        self.bar.set_description(stage)
+        self.bar.set_postfix_str(f"{speed:,.0f} tokens/s" + ("" if self.loss is None else f", loss {self.loss:.3f}"))
+        self.bar.update(1)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.loss = (logs or {}).get("loss", self.loss)
+        if state.is_world_process_zero and logs:
+            keys = ("loss", "eval_accuracy", "eval_segments", "learning_rate", "memory_norm")
+            shown = [f"{key} {logs[key]:.4g}" for key in keys if key in logs]
+            if shown:
+                tqdm.write(f"step {state.global_step}: " + ", ".join(shown))
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None

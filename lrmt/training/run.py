@@ -1,0 +1,132 @@
+"""One training run, from parsed arguments to a saved adapter."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+import yaml
+from accelerate import PartialState
+from transformers import set_seed
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+from lrmt.arguments import CurriculumArguments, ModelArguments, TaskArguments, TrainingArguments, as_dict
+from lrmt.errors import UsageError
+from lrmt.models.base import LongContextModel
+from lrmt.tasks import build_task
+from lrmt.tasks.curriculum import Curriculum
+from lrmt.training.backbone import build_model, load_tokenizer, trainable_names
+from lrmt.training.checkpoint import find_checkpoint
+from lrmt.training.plan import describe_plan
+from lrmt.training.trainer import LongContextTrainer
+
+
+def train(
+    model_class: type[LongContextModel],
+    method_args,
+    model_args: ModelArguments,
+    task_args: TaskArguments,
+    curriculum_args: CurriculumArguments,
+    training_args: TrainingArguments,
+) -> LongContextTrainer | None:
+    """Trains a memory adapter through its curriculum and saves it to `output_dir`.
+
+    Args:
+        model_class: the memory method. method_args: a dataclass of its config's fields.
+
+    Returns:
+        The trainer, or None after `--dry_run`.
+
+    Raises:
+        UsageError: bad input, found before anything is written.
+    """
+    settings = as_dict(method_args)
+    curriculum = Curriculum(
+        stages=curriculum_args.curriculum_stages,
+        max_steps=curriculum_args.stage_max_steps,
+        promotion_accuracy=curriculum_args.promotion_accuracy,
+        vary_lengths=curriculum_args.vary_lengths,
+        seed=training_args.seed,
+    )
+    if training_args.dry_run:
+        if PartialState().is_main_process:
+            print(describe_plan(model_class, settings, model_args, task_args, curriculum, training_args))
+        return None
+    checkpoint = find_checkpoint(training_args.output_dir, training_args.resume_from_checkpoint)
+    _check_output_dir(training_args, checkpoint)
+    set_seed(training_args.seed)
+    tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
+    tasks = {split: _build_task(task_args, tokenizer, split, settings, training_args) for split in ("train", "validation")}
+    for task in tasks.values():  # texts that cannot be made show here, before anything is loaded or written
+        task.example(0, curriculum.stages[0] * settings["segment_length"])
+    on_gpu = torch.cuda.is_available() and not training_args.use_cpu
+    model = build_model(
+        model_class,
+        model_args,
+        settings,
+        sharded=is_deepspeed_zero3_enabled() or training_args.deepspeed_plugin is not None,
+        # bitsandbytes quantises on the device that it runs on; ZeRO-3 places its own shards
+        device_map={"": PartialState().local_process_index} if on_gpu and not is_deepspeed_zero3_enabled() else None,
+    )
+    trainer = LongContextTrainer(
+        model,
+        training_args,
+        curriculum=curriculum,
+        train_task=tasks["train"],
+        eval_task=tasks["validation"],
+        tokenizer=tokenizer,
+        eval_samples=curriculum_args.eval_samples,
+    )
+    if trainer.is_world_process_zero():
+        _save_arguments(training_args.output_dir, method_args, model_args, task_args, curriculum_args, training_args)
+        names = trainable_names(model)
+        print(f"{len(names)} trainable tensors (LoRA and {', '.join(model_class.memory_modules)}); saving to {training_args.output_dir}")
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    if training_args.push_to_hub:
+        trainer.push_to_hub()
+    return trainer
+
+
+def _build_task(task_args: TaskArguments, tokenizer, split: str, settings: dict, training_args: TrainingArguments):
+    return build_task(
+        task_args.task,
+        tokenizer,
+        split=split,
+        seed=training_args.seed,
+        segment_length=settings["segment_length"],
+        babi_dir=task_args.babi_dir,
+        background=task_args.background_dir,
+        num_digits=task_args.num_digits,
+        question_position=task_args.question_position,
+        max_n_facts=task_args.max_n_facts,
+        dataset_path=task_args.dataset_name,
+        dataset_config=task_args.dataset_config,
+    )
+
+
+def _check_output_dir(training_args: TrainingArguments, checkpoint: str | None) -> None:
+    """Refuses to write over anything that this run did not make."""
+    path = Path(training_args.output_dir)
+    occupied = path.exists() and (not path.is_dir() or any(path.iterdir()))
+    PartialState().wait_for_everyone()  # or a fast rank's first file would stop a slow one
+    if occupied and checkpoint is None and not training_args.overwrite_output_dir:
+        raise UsageError(
+            f"`--output_dir` {path} is not empty; name another, go on with `--resume_from_checkpoint true`, or replace what "
+            "is there with `--overwrite_output_dir`"
+        )
+
+
+def _save_arguments(output_dir: str, *instances) -> None:
+    """Every setting of the run, readable and usable as `--config`."""
+    os.makedirs(output_dir, exist_ok=True)
+    lines = {k: v for k, v in as_dict(*instances[:-1]).items()}
+    training = instances[-1]
+    for name in ("seed", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "warmup_steps",
+                 "lr_scheduler_type", "max_grad_norm", "weight_decay", "bf16", "eval_steps", "save_steps"):  # fmt: skip
+        value = getattr(training, name)
+        lines[name] = getattr(value, "value", value)
+    temporary = Path(output_dir, "arguments.yaml.tmp")
+    temporary.write_text(yaml.safe_dump(lines, sort_keys=True))
+    os.replace(temporary, Path(output_dir, "arguments.yaml"))

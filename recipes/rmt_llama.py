@@ -1,0 +1,52 @@
+"""
+Teaches a LLaMA to remember across segments: RMT with LoRA over a 4-bit backbone.
+
+On any machine, with the tiny LLaMA that ships with lrmt (no network, no GPU):
+
+    accelerate launch recipes/rmt_llama.py
+
+On one GPU, with the published settings:
+
+    accelerate launch --config_file ds_configs/one_gpu.yaml recipes/rmt_llama.py \
+        --config recipes/configs/rmt_llama3.2_1b.yaml --output_dir runs/llama-1b
+
+Sharded under DeepSpeed ZeRO-3 over 8 GPUs, or over two CPU processes:
+
+    accelerate launch --config_file ds_configs/zero3_8gpu.yaml recipes/rmt_llama.py \
+        --config recipes/configs/rmt_llama3.1_8b.yaml --output_dir runs/llama-8b
+    accelerate launch --config_file ds_configs/zero3_2cpu.yaml recipes/rmt_llama.py --output_dir runs/zero3
+
+--dry_run prints the plan and a memory estimate; every key of the YAML files is a flag too, and flags win.
+"""
+
+from pathlib import Path
+
+from lrmt.arguments import (
+    CurriculumArguments,
+    ModelArguments,
+    RmtArguments,
+    TaskArguments,
+    TrainingArguments,
+    parse_arguments,
+)
+from lrmt.errors import exit_on_usage_error
+from lrmt.models import RmtForCausalLM
+from lrmt.training.run import train
+
+
+def main():
+    model_args, task_args, rmt_args, curriculum_args, training_args = parse_arguments(
+        ModelArguments,
+        TaskArguments,
+        RmtArguments,
+        CurriculumArguments,
+        TrainingArguments,
+        default_config=Path(__file__).parent / "configs" / "rmt_tiny_llama.yaml",
+        description=__doc__,
+    )
+    train(RmtForCausalLM, rmt_args, model_args, task_args, curriculum_args, training_args)
+
+
+if __name__ == "__main__":
+    with exit_on_usage_error():
+        main()

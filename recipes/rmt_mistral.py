@@ -1,0 +1,52 @@
+"""
+Teaches a Mistral to remember across segments: RMT with LoRA over a 4-bit backbone.
+
+On any machine, with the tiny Mistral that ships with lrmt (no network, no GPU):
+
+    accelerate launch recipes/rmt_mistral.py
+
+On one GPU, with the published settings:
+
+    accelerate launch --config_file ds_configs/one_gpu.yaml recipes/rmt_mistral.py \
+        --config recipes/configs/rmt_mistral_7b.yaml --output_dir runs/mistral-7b
+
+Sharded under DeepSpeed ZeRO-3 over 8 GPUs, or over two CPU processes:
+
+    accelerate launch --config_file ds_configs/zero3_8gpu.yaml recipes/rmt_mistral.py \
+        --config recipes/configs/rmt_mistral_7b.yaml --output_dir runs/mistral-7b-zero3
+    accelerate launch --config_file ds_configs/zero3_2cpu.yaml recipes/rmt_mistral.py --output_dir runs/zero3
+
+--dry_run prints the plan and a memory estimate; every key of the YAML files is a flag too, and flags win.
+"""
+
+from pathlib import Path
+
+from lrmt.arguments import (
+    CurriculumArguments,
+    ModelArguments,
+    RmtArguments,
+    TaskArguments,
+    TrainingArguments,
+    parse_arguments,
+)
+from lrmt.errors import exit_on_usage_error
+from lrmt.models import RmtForCausalLM
+from lrmt.training.run import train
+
+
+def main():
+    model_args, task_args, rmt_args, curriculum_args, training_args = parse_arguments(
+        ModelArguments,
+        TaskArguments,
+        RmtArguments,
+        CurriculumArguments,
+        TrainingArguments,
+        default_config=Path(__file__).parent / "configs" / "rmt_tiny_mistral.yaml",
+        description=__doc__,
+    )
+    train(RmtForCausalLM, rmt_args, model_args, task_args, curriculum_args, training_args)
+
+
+if __name__ == "__main__":
+    with exit_on_usage_error():
+        main()
