@@ -1,7 +1,10 @@
 import collections
+from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
+import lrmt
 from lrmt.errors import UsageError
 from lrmt.tasks import MixedTask, build_task, collate, prose
 
@@ -69,3 +72,18 @@ def test_unknown_names_are_refused(tokenizer, name, message):
 def test_unknown_splits_are_refused(tokenizer):
     with pytest.raises(UsageError, match="split must be one of train, validation, test; got 'valid'; did you mean"):
         build_task("passkey", tokenizer, split="valid")
+
+
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-mistral"])
+def test_shipped_tokenizers_make_exact_examples(name):
+    folder = Path(lrmt.__file__).parent / "assets" / name
+    if not folder.is_dir():
+        pytest.skip(f"{name} is not shipped")
+    shipped = AutoTokenizer.from_pretrained(folder)
+    for task_name in ("passkey", "qa1", "qa2"):
+        task = build_task(task_name, shipped, segment_length=128)
+        example = task.example(0, 256)
+        assert len(example.prompt_ids) + len(example.answer_ids) == 256
+        assert shipped.decode(example.prompt_ids).endswith(f" {example.question}")
+        assert shipped.decode(example.answer_ids) == f" {example.target}{shipped.eos_token}"
+        assert len(example.answer_ids) <= task.max_new_tokens
