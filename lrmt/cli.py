@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from lrmt import __version__
-from lrmt.errors import UsageError
+from lrmt.errors import exit_on_usage_error
 from lrmt.evaluation.settings import EvaluationSettings, suggest
 
 EVALUATE = """\
@@ -26,7 +26,8 @@ examples:
 """
 
 MERGE = """\
-Writes the adapter into its backbone: a folder of full weights that lrmt.load reads without PEFT.
+Writes the adapter into its backbone: a folder of full weights that lrmt.load reads without PEFT. Prints how far the
+logits of the merged model are from those of the unmerged one.
 """
 
 MERGE_EXAMPLES = """\
@@ -139,7 +140,10 @@ def merge(options):
     quiet_libraries()
     from lrmt.publishing.merge import merge_adapter
 
-    merge_adapter(options["adapter_path"], options["output_dir"], options["merge_base"])
+    gaps = merge_adapter(options["adapter_path"], options["output_dir"], options["merge_base"])
+    print(f"merged into {options['output_dir']} over {options['merge_base']} weights; relative gap of its logits")
+    print(f"  {gaps['same_base']:.1e}  to the adapter over the same weights (rounding)")
+    print(f"  {gaps['as_trained']:.1e}  to the adapter as it was trained")
 
 
 def quiet_libraries():
@@ -172,10 +176,8 @@ def main(argv=None) -> int:
     options = parse(sys.argv[1:] if argv is None else list(argv))
     run, _ = options.pop("run"), options.pop("command")
     try:
-        run(options)
-    except UsageError as error:
-        print("lrmt: error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
+        with exit_on_usage_error():
+            run(options)
     except KeyboardInterrupt:
         print("lrmt: interrupted; what was finished is kept", file=sys.stderr)
         return 130

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -97,6 +98,16 @@ def test_flags_reach_the_settings(adapter, capsys, monkeypatch):
     assert run(capsys, "evaluate", "--adapter_path", str(adapter), "--task", "passkey")[0] == 0
     assert seen[1].load_in_4bit is None
     assert seen[1].folder == adapter / "evaluation"
+
+
+def test_merge_prints_both_gaps(capsys, monkeypatch):
+    module = SimpleNamespace(merge_adapter=lambda *args: seen.append(args) or {"same_base": 2e-6, "as_trained": 0.03})
+    monkeypatch.setitem(sys.modules, "lrmt.publishing.merge", module)
+    seen = []
+    code, out, _ = run(capsys, "merge", "--adapter_path", "a", "--output_dir", "b", "--merge_base", "nf4_roundtrip")
+    assert (code, seen) == (0, [("a", "b", "nf4_roundtrip")])
+    assert "2.0e-06" in out
+    assert "3.0e-02" in out
 
 
 def test_interruption_is_not_a_traceback(adapter, capsys, monkeypatch):

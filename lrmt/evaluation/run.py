@@ -78,10 +78,11 @@ def load_model(settings: EvaluationSettings):
 
 
 def build_tasks(settings: EvaluationSettings, tokenizer, segment_length: int) -> dict:
-    """The tasks by name; they share one background."""
+    """The tasks by name; they share one background, that of the first where none is named."""
     background = None if settings.background_dir is None else Background(settings.background_dir, tokenizer)
-    return {
-        name: build_task(
+    tasks = {}
+    for name in settings.task or ("dataset",):
+        tasks[name] = build_task(
             name,
             tokenizer,
             split=settings.split,
@@ -94,8 +95,8 @@ def build_tasks(settings: EvaluationSettings, tokenizer, segment_length: int) ->
             question_position=settings.question_position,
             max_n_facts=settings.max_n_facts,
         )
-        for name in (["dataset"] if settings.dataset_name else dict.fromkeys(settings.task))
-    }
+        background = getattr(tasks[name], "background", background)
+    return tasks
 
 
 def count_samples(task, length: int, num_samples: int | None) -> int:

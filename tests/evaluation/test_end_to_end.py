@@ -42,16 +42,29 @@ def adapter(tmp_path_factory):
     return folder / "adapter"
 
 
-def evaluate(adapter, *flags):
+@pytest.fixture(scope="module")
+def books(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("books")
+    (folder / "book.txt").write_text("\n".join(f"The mill by the river stood idle for year {n}." for n in range(300)))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LRMT_CACHE", str(tmp_path / "cache"))
+
+
+def evaluate(adapter, flags, *paths):
     try:
-        return main(["evaluate", "--adapter_path", str(adapter), *map(str, flags)])
+        return main(["evaluate", "--adapter_path", str(adapter), *flags.split(), *map(str, paths)])
     except SystemExit as stop:
         return stop.code
 
 
-def test_generated_tasks(adapter, tmp_path, capsys):
-    flags = ["--task", "passkey", "qa1", "--lengths", "1", "1k", "--num_samples", "3", "--batch_size", "2", "--output_dir"]
-    assert evaluate(adapter, *flags, tmp_path / "out") == 0
+def test_generated_tasks(adapter, books, tmp_path, capsys):
+    flags = "--task passkey qa1 --lengths 1 1k --num_samples 3 --batch_size 2"
+    paths = ["--background_dir", books, "--output_dir", tmp_path / "out"]
+    assert evaluate(adapter, flags, *paths) == 0
     records = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [(r["task"], r["length_tokens"]) for r in records[::3]] == [
         ("passkey", SEGMENT), ("passkey", 2 * SEGMENT), ("qa1", SEGMENT), ("qa1", 2 * SEGMENT)
@@ -63,7 +76,7 @@ def test_generated_tasks(adapter, tmp_path, capsys):
     assert "passkey: accuracy in %" in out
     assert "qa1: accuracy in %" in out
     # again: nothing left to do, the same records
-    assert evaluate(adapter, *flags, tmp_path / "out") == 0
+    assert evaluate(adapter, flags, *paths) == 0
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == records
 
 
@@ -91,10 +104,10 @@ def test_own_rows(adapter, tmp_path):
         ("--dataset_name rows.jsonl", "target"),
     ],
 )
-def test_bad_input_is_one_line_and_writes_nothing(adapter, tmp_path, capsys, monkeypatch, flags, message):
+def test_bad_input_is_one_line_and_writes_nothing(adapter, books, tmp_path, capsys, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_text('{"input": "a", "question": "b"}\n')
-    assert evaluate(adapter, *flags.split()) == 2
+    assert evaluate(adapter, flags, "--background_dir", books) == 2
     error = capsys.readouterr().err
     assert error.startswith("lrmt: error: ")
     assert error.count("\n") == 1
@@ -105,9 +118,9 @@ def test_bad_input_is_one_line_and_writes_nothing(adapter, tmp_path, capsys, mon
 def test_files_missing_from_the_adapter_are_named(adapter, tmp_path, capsys):
     for name in ("config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((adapter / name).read_bytes())
-    assert evaluate(tmp_path, "--task", "passkey") == 2
+    assert evaluate(tmp_path, "--task passkey") == 2
     assert "adapter_model.safetensors missing" in capsys.readouterr().err
     (tmp_path / "tokenizer.json").unlink()
-    assert evaluate(tmp_path, "--task", "passkey") == 2
+    assert evaluate(tmp_path, "--task passkey") == 2
     assert "tokenizer" in capsys.readouterr().err
     assert not (tmp_path / "evaluation").exists()
