@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import Trainer, get_scheduler
@@ -150,6 +151,7 @@ class LongContextTrainer(Trainer):
         model = self.model_wrapped if self.is_in_train else self.model
         training, segments = model.training, self.curriculum.segments
         model.eval()
+        keep_4bit_trainable(model)
         batch_size, world = self.args.per_device_eval_batch_size, self.args.world_size
         right, count, loss = 0.0, 0, 0.0
         for batch in range(math.ceil(self.eval_samples / (batch_size * world))):
@@ -201,3 +203,14 @@ def exact_matches(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     row = scored.nonzero()[:, 0]
     wrong = (logits.argmax(-1) != labels[:, 1:][scored]).long()
     return torch.zeros(len(labels), dtype=torch.long, device=labels.device).index_add(0, row, wrong) == 0
+
+
+def keep_4bit_trainable(model: torch.nn.Module) -> None:
+    """Leaves 4-bit layers in training mode while the rest of the model evaluates.
+
+    On CPUs with bf16 instructions bitsandbytes repacks a layer when it first runs in eval mode; the repacked layer has no
+    gradient, so that training would go on with silently wrong ones.
+    """
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.training = True
