@@ -1,0 +1,44 @@
+# Every target sets up .venv by itself, once. Another torch than the default (a GPU build, say):
+#   make demo TORCH="torch --index-url https://download.pytorch.org/whl/cu128"
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+CPUS := $(shell getconf _NPROCESSORS_ONLN)
+
+.PHONY: demo test bench lint clean
+
+# accelerate gives a process one CPU thread unless OMP_NUM_THREADS says otherwise
+demo: export OMP_NUM_THREADS ?= $(CPUS)
+demo: export HF_HUB_OFFLINE = 1
+demo: .venv/runtime
+	rm -rf runs/demo
+	$(BIN)/accelerate launch --config_file ds_configs/one_gpu.yaml recipes/rmt_llama.py --output_dir runs/demo
+	$(BIN)/lrmt evaluate --adapter_path runs/demo --task passkey --lengths 1 2 4 8 16 32 64 --output_dir runs/demo --overwrite
+
+test: .venv/dev
+	$(BIN)/python -m pytest -q
+
+bench: .venv/runtime
+	$(BIN)/python benchmarks/training_memory.py
+	$(BIN)/python benchmarks/read_memory.py
+	$(BIN)/python benchmarks/throughput.py
+
+lint: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf .venv
+
+# torch first and on its own: whichever build is there already is kept by everything after it
+.venv/runtime: setup.cfg constraints.txt
+	$(PYTHON) -m venv .venv
+	$(INSTALL) -c constraints.txt $(TORCH)
+	$(INSTALL) -c constraints.txt -e .
+	touch $@
+
+.venv/dev: .venv/runtime
+	$(INSTALL) -c constraints.txt -e .[dev]
+	touch $@
