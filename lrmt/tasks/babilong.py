@@ -1,7 +1,6 @@
 """BABILong: the facts of a bAbI question hidden, in order, between sentences of background text."""
 
 import random
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +11,7 @@ from lrmt.tasks.background import Background
 from lrmt.tasks.base import Example, Pieces, Task, check_segment, derive_rng, derive_seed, epoch_order, join
 
 QUESTION_POSITIONS = ("last", "first", "both")
-# the published evaluation sets are made of the test files; validation data stand in where only those are at hand
-_FILES = {"train": ("train",), "validation": ("valid",), "test": ("test", "valid")}
+_HELD_OUT = 10  # one sample in so many of a train file is for validation where the validation file serves as test
 _SIMULATED_ANSWERS = {"qa1": babi.ROOMS, "qa2": babi.ROOMS, "qa3": babi.ROOMS}
 _MAX_STORIES = 10_000  # simulated stories tried before a length counts as too short
 
@@ -26,8 +24,9 @@ class BabilongTask(Task):
     not fit into the length, or number more than `max_n_facts`, are left out. `question_position` says where the
     question stands relative to the context; "both" repeats it.
 
-    Train draws a fresh permutation of qaN_train.txt for each epoch; validation and test keep file order, so index i
-    is the i-th sample that fits. Without `babi_dir` each index simulates its own story (qa1-qa3).
+    Train draws a fresh permutation for each epoch; validation and test keep file order, so index i is the i-th sample
+    that fits. Test is qaN_test.txt; in a folder without it qaN_valid.txt is, and validation is then the last tenth of
+    qaN_train.txt, which training leaves out: what selects a model is never what is reported. Without `babi_dir` each index simulates its own story (qa1-qa3).
     `length` 0 means no background at all (the 0k setting).
     Raises UsageError for bad options, missing files, or a question and answer longer than `segment_length`.
     """
@@ -69,7 +68,7 @@ class BabilongTask(Task):
             self.samples = None
             answers, questions = _SIMULATED_ANSWERS[name], [first.question]
         else:
-            self.samples = babi.read(_find_file(Path(babi_dir), name, split))
+            self.samples = _read_split(Path(babi_dir), name, split)
             if max_n_facts is not None:
                 self.samples = [s for s in self.samples if len(s.facts) <= max_n_facts]
                 if not self.samples:
@@ -150,15 +149,25 @@ class BabilongTask(Task):
         return pieces + background[start:]
 
 
-def _find_file(folder: Path, name: str, split: str) -> Path:
-    """The file of a task and split: `qa1_train.txt`, or the archive's `qa1_single-supporting-fact_train.txt`."""
-    patterns: Sequence[str] = [f"{name}_{suffix}.txt" for suffix in _FILES[split]]
-    for suffix in _FILES[split]:
-        exact = folder / f"{name}_{suffix}.txt"
-        for found in (exact, *sorted(folder.glob(f"{name}_*_{suffix}.txt"))):
-            if found.is_file():
-                return found
+def _read_split(folder: Path, name: str, split: str) -> list[babi.BabiSample]:
+    test = _find_file(folder, name, "test")
+    if split == "test":
+        return babi.read(test or _find_file(folder, name, "valid", required=True))
+    if test is not None:
+        return babi.read(_find_file(folder, name, {"train": "train", "validation": "valid"}[split], required=True))
+    samples = babi.read(_find_file(folder, name, "train", required=True))
+    cut = len(samples) - max(1, len(samples) // _HELD_OUT)
+    return samples[:cut] if split == "train" else samples[cut:]
+
+
+def _find_file(folder: Path, name: str, suffix: str, required: bool = False) -> Path | None:
+    """The file of a task: `qa1_train.txt`, or the archive's `qa1_single-supporting-fact_train.txt`."""
+    for found in (folder / f"{name}_{suffix}.txt", *sorted(folder.glob(f"{name}_*_{suffix}.txt"))):
+        if found.is_file():
+            return found
+    if not required:
+        return None
     if not folder.is_dir():
         raise UsageError(f"--babi_dir {folder} is not a folder; give the one with the bAbI text files")
     there = ", ".join(sorted(p.name for p in folder.iterdir())[:12]) or "nothing"
-    raise UsageError(f"--babi_dir {folder} has no {' or '.join(patterns)}; it holds: {there}")
+    raise UsageError(f"--babi_dir {folder} has no {name}_{suffix}.txt; it holds: {there}")

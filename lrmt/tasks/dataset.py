@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from lrmt.errors import UsageError
@@ -10,14 +11,19 @@ from lrmt.tasks.base import Example, Pieces, Task, check_segment, epoch_order, j
 
 COLUMNS = ("input", "question", "target")  # the public BABILong schema
 _FILE_SUFFIXES = (".jsonl", ".parquet")
+_HELD_OUT = 10  # one row in so many is for validation
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 class DatasetTask(Task):
-    """Stored rows; `length` is ignored, since each row has its own.
+    """Stored rows, each of its own length.
 
-    `dataset_path` is a .jsonl or .parquet file, or a Hub dataset id with `dataset_config` and `dataset_split` (default:
-    the task's own split). Train shuffles each epoch, other splits keep the order of the rows.
+    `dataset_path` is a .jsonl or .parquet file, or a Hub dataset id with `dataset_config` and `dataset_split`. Train leaves
+    out the last tenth of the rows, which is validation; test is all of them. Train shuffles each epoch, other splits keep
+    the order of the rows.
+
+    A `length` asks for rows of as many segments, so that all ranks of a training step run equally many; where there are
+    none, for the nearest shorter rows, or else the nearest longer ones. `length` 0 takes the rows as they come.
     Raises UsageError for anything missing or empty, and when a row's question and answer exceed `segment_length`.
     """
 
@@ -35,19 +41,24 @@ class DatasetTask(Task):
         dataset_split: str | None = None,
     ):
         if not dataset_path:
-            raise UsageError("task dataset needs --dataset_path: a .jsonl or .parquet file, or a Hub dataset id")
+            raise UsageError("task dataset needs --dataset_name: a .jsonl or .parquet file, or a Hub dataset id")
         source = str(dataset_path)
         if looks_local(source):
             rows = _read_file(Path(source).expanduser())
         else:
-            rows = _read_hub(source, dataset_config, dataset_split or split)
+            rows = _read_hub(source, dataset_config, dataset_split or ("test" if split == "test" else "train"))
+        rows = list(rows)
+        cut = len(rows) - max(1, len(rows) // _HELD_OUT)
+        if split != "test" and cut > 0:
+            rows = rows[:cut] if split == "train" else rows[cut:]
         self.inputs, self.questions, self.targets = ([] for _ in COLUMNS)
         for number, row in enumerate(rows, start=1):
             for column, values in zip(COLUMNS, (self.inputs, self.questions, self.targets), strict=True):
                 values.append(_text_of(row, column, f"{source} row {number}"))
         if not self.inputs:
             raise UsageError(f"{source} has no rows; give at least one with {', '.join(COLUMNS)}")
-        self.split, self.seed, self.pieces = split, seed, Pieces(tokenizer)
+        self.split, self.seed, self.pieces, self.segment_length = split, seed, Pieces(tokenizer), segment_length
+        self._buckets: dict[int, list[int]] = {}  # number of segments -> rows
         self.max_new_tokens = 0
         encoded = zip(self.pieces.encode(self.questions), self.pieces.encode(self.targets), strict=True)
         for number, (question, target) in enumerate(encoded, start=1):
@@ -56,14 +67,27 @@ class DatasetTask(Task):
             self.max_new_tokens = max(self.max_new_tokens, len(answer))
 
     def num_examples(self, length: int) -> int:
-        return len(self.inputs)
+        return len(self._rows(length))
 
     def example(self, index: int, length: int = 0) -> Example:
-        total = len(self.inputs)
-        row = epoch_order(total, index, self.seed, self.name) if self.split == "train" else index % total
+        rows = self._rows(length)
+        place = epoch_order(len(rows), index, self.seed, self.name) if self.split == "train" else index % len(rows)
+        row = rows[place]
         context, question = self.pieces.encode([self.inputs[row], self.questions[row]])
         question_text, target = self.questions[row].strip(), self.targets[row].strip()
         return Example(join([context, question]), self.pieces.answer(target), question_text, target, self.name)
+
+    def _rows(self, length: int) -> Sequence[int]:
+        if not length or not self.segment_length:
+            return range(len(self.inputs))
+        if not self._buckets:
+            encoded = (self.pieces.encode(column) for column in (self.inputs, self.questions, self.targets))
+            for row, parts in enumerate(zip(*encoded, strict=True)):
+                segments = -(-(sum(map(len, parts)) + 1) // self.segment_length)
+                self._buckets.setdefault(segments, []).append(row)
+        wanted = -(-length // self.segment_length)
+        shorter = [n for n in self._buckets if n <= wanted]
+        return self._buckets[max(shorter) if shorter else min(self._buckets)]
 
 
 def looks_local(source: str) -> bool:
@@ -83,9 +107,9 @@ def _read_file(path: Path) -> list[dict]:
         folder = path if path.is_dir() else path.parent
         there = ", ".join(sorted(p.name for p in folder.iterdir())[:12]) if folder.is_dir() else ""
         fact = "is a folder" if path.is_dir() else "does not exist"
-        raise UsageError(f"--dataset_path {path} {fact}; {folder} holds: {there or 'nothing'}")
+        raise UsageError(f"--dataset_name {path} {fact}; {folder} holds: {there or 'nothing'}")
     if path.suffix.lower() not in _FILE_SUFFIXES:
-        raise UsageError(f"--dataset_path {path} is neither .jsonl nor .parquet; convert it to one of them")
+        raise UsageError(f"--dataset_name {path} is neither .jsonl nor .parquet; convert it to one of them")
     if path.suffix.lower() == ".parquet":
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -93,11 +117,11 @@ def _read_file(path: Path) -> list[dict]:
         try:
             return pq.read_table(path).to_pylist()
         except (pa.ArrowException, OSError) as error:
-            raise UsageError(f"--dataset_path {path} is no readable parquet file: {_one_line(error)}") from error
+            raise UsageError(f"--dataset_name {path} is no readable parquet file: {_one_line(error)}") from error
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: JSON strings may hold U+2028
     except UnicodeDecodeError as error:
-        raise UsageError(f"--dataset_path {path} is not UTF-8 text: {_one_line(error)}") from error
+        raise UsageError(f"--dataset_name {path} is not UTF-8 text: {_one_line(error)}") from error
     rows = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -118,7 +142,7 @@ def _read_hub(name: str, config: str | None, split: str):
     try:
         return datasets.load_dataset(name, config, split=split)
     except Exception as error:  # the Hub client raises many kinds; the user needs one line
-        at = f"--dataset_path {name}" + (f" --dataset_config {config}" if config else "") + f" --dataset_split {split}"
+        at = f"--dataset_name {name}" + (f" --dataset_config {config}" if config else "") + f" --dataset_split {split}"
         raise UsageError(f"cannot load {at}: {_one_line(error)}") from error
 
 

@@ -103,6 +103,7 @@ def _build_task(task_args: TaskArguments, tokenizer, split: str, settings: dict,
         max_n_facts=task_args.max_n_facts,
         dataset_path=task_args.dataset_name,
         dataset_config=task_args.dataset_config,
+        dataset_split=task_args.dataset_train_split,
     )
 
 

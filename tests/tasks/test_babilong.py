@@ -66,8 +66,8 @@ def test_facts_fill_the_length_when_there_is_no_room_for_background(tokenizer, p
     assert np.array_equal(exact.prompt_ids, bare.prompt_ids)
 
 
-def test_validation_keeps_file_order_and_leaves_out_what_does_not_fit(tokenizer, prose, babi_dir):
-    task = BabilongTask("qa1", tokenizer, prose, split="validation", babi_dir=babi_dir)
+def test_test_keeps_file_order_and_leaves_out_what_does_not_fit(tokenizer, prose, babi_dir):
+    task = BabilongTask("qa1", tokenizer, prose, split="test", babi_dir=babi_dir)
 
     def facts(index, length):
         return len(FACT.findall(decode(tokenizer, task.example(index, length))))
@@ -84,9 +84,23 @@ def test_validation_keeps_file_order_and_leaves_out_what_does_not_fit(tokenizer,
 
 def test_an_epoch_of_training_meets_every_sample_once(tokenizer, prose, babi_dir):
     task = BabilongTask("qa1", tokenizer, prose, babi_dir=babi_dir)
-    epochs = [[len(FACT.findall(decode(tokenizer, task.example(10 * e + i, 400)))) for i in range(10)] for e in (0, 1)]
-    assert [sorted(epoch) for epoch in epochs] == [list(range(1, 11))] * 2
+    epochs = [[len(FACT.findall(decode(tokenizer, task.example(9 * e + i, 400)))) for i in range(9)] for e in (0, 1)]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(1, 10))] * 2
     assert epochs[0] != epochs[1]
+
+
+def test_what_selects_a_model_is_never_what_is_reported(tokenizer, prose, babi_dir):
+    def facts(split):
+        task = BabilongTask("qa1", tokenizer, prose, split=split, babi_dir=babi_dir)
+        return [len(task.samples[i].facts) for i in range(len(task.samples))], task.samples
+
+    # without a test file: valid is test, and the last tenth of train is validation
+    assert facts("train")[0] == list(range(1, 10)) and facts("validation")[0] == [10]
+    valid = facts("test")[1]
+    # with one: each file is what its name says
+    (babi_dir / "qa1_test.txt").write_text((babi_dir / "qa1_train.txt").read_text())
+    assert facts("train")[0] == list(range(1, 11)) == facts("test")[0]
+    assert facts("validation")[1] == valid
 
 
 def test_max_n_facts_leaves_out_long_samples(tokenizer, prose, babi_dir):

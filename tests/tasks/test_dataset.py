@@ -41,9 +41,38 @@ def test_rows_become_examples_in_order(tokenizer, tmp_path, suffix):
 
 def test_training_shuffles_each_epoch(tokenizer, tmp_path):
     task = DatasetTask(tokenizer, write(tmp_path / "rows.jsonl", ROWS))
-    epochs = [[task.example(5 * e + i).question for i in range(5)] for e in range(4)]
-    assert all(sorted(epoch) == sorted(r["question"].strip() for r in ROWS) for epoch in epochs)
+    epochs = [[task.example(4 * e + i).question for i in range(4)] for e in range(4)]
+    assert all(sorted(epoch) == sorted(r["question"].strip() for r in ROWS[:4]) for epoch in epochs)
     assert len(set(map(tuple, epochs))) > 1
+
+
+def test_the_last_tenth_of_the_rows_is_held_out_of_training(tokenizer, tmp_path):
+    rows = [{"input": f"Text {i}.", "question": f"Which {i}?", "target": str(i)} for i in range(25)]
+    path = write(tmp_path / "rows.jsonl", rows)
+    seen = {}
+    for split in ("train", "validation", "test"):
+        task = DatasetTask(tokenizer, path, split=split)
+        seen[split] = {task.example(i).target for i in range(task.num_examples(0))}
+    assert seen["validation"] == {"23", "24"}
+    assert seen["train"] == {str(i) for i in range(23)}
+    assert seen["test"] == {str(i) for i in range(25)}
+
+
+def test_a_length_asks_for_rows_of_as_many_segments(tokenizer, tmp_path):
+    def row(words):
+        return {"input": "and " * words, "question": f"How many {words}?", "target": "many"}
+
+    sizes = [10, 12, 14, 70, 75, 130, 135, 140]
+    task = DatasetTask(tokenizer, write(tmp_path / "rows.jsonl", map(row, sizes)), split="test", segment_length=64)
+
+    def lengths(segments):
+        examples = [task.example(i, segments * 64) for i in range(task.num_examples(segments * 64))]
+        return {-(-(len(e.prompt_ids) + len(e.answer_ids)) // 64) for e in examples}
+
+    assert [lengths(n) for n in (1, 2, 3, 4, 9)] == [{1}, {2}, {3}, {3}, {3}]
+    assert task.num_examples(64) == 3 and task.num_examples(0) == 8
+    alone = DatasetTask(tokenizer, write(tmp_path / "long.jsonl", [row(130)]), split="test", segment_length=64)
+    assert alone.num_examples(64) == 1  # none as short: the nearest longer
 
 
 def test_line_separators_inside_a_row_are_text(tokenizer, tmp_path):
@@ -87,7 +116,7 @@ def test_bad_files_are_refused_in_one_line(tokenizer, tmp_path):
         (tmp_path / "rows.csv", "neither .jsonl nor .parquet"),
         (tmp_path / "bad.parquet", "no readable parquet file"),
         (tmp_path / "binary.jsonl", "is not UTF-8 text"),
-        (None, "needs --dataset_path"),
+        (None, "needs --dataset_name"),
     ):
         with pytest.raises(UsageError, match=message) as caught:
             DatasetTask(tokenizer, path)
@@ -120,9 +149,9 @@ def test_hub_datasets_use_config_and_split(tokenizer, monkeypatch):
         return ROWS
 
     monkeypatch.setattr("datasets.load_dataset", load)
-    task = DatasetTask(tokenizer, "org/rows", dataset_config="4k", dataset_split="qa1")
+    task = DatasetTask(tokenizer, "org/rows", split="test", dataset_config="4k", dataset_split="qa1")
     assert task.num_examples(0) == 5
     DatasetTask(tokenizer, "org/rows", split="validation")
-    assert asked == [("org/rows", "4k", "qa1"), ("org/rows", None, "validation")]
-    with pytest.raises(UsageError, match="cannot load --dataset_path org/gone --dataset_split train: no such dataset"):
+    assert asked == [("org/rows", "4k", "qa1"), ("org/rows", None, "train")]
+    with pytest.raises(UsageError, match="cannot load --dataset_name org/gone --dataset_split train: no such dataset"):
         DatasetTask(tokenizer, "org/gone")
