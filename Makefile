@@ -1,9 +1,9 @@
-# Every target sets up .venv by itself, once. Another torch than the default (a GPU build, say):
-#   make demo TORCH="torch --index-url https://download.pytorch.org/whl/cu128"
+# Every target sets up .venv by itself, once. Another build of torch: make demo TORCH="torch==2.13.0 --index-url …"
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# not compiling what is never imported halves the installation
+INSTALL := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check
 CPUS := $(shell getconf _NPROCESSORS_ONLN)
 
 .PHONY: demo test bench lint clean
