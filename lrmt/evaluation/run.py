@@ -41,7 +41,7 @@ def run_evaluation(settings: EvaluationSettings) -> list[dict]:
     pending = [(cell, todo) for cell, todo in pending if todo]
     with tqdm(total=sum(samples[cell] * len(todo) for cell, todo in pending), unit="answer", smoothing=0.05) as bar:
         for (name, segments), todo in pending:
-            bar.set_description(name if segments is None else f"{name}, {segments} segments")
+            bar.set_description(name if segments is None else f"{name}, {segments} seg.")
             try:
                 records = measure_cell(
                     todo,
@@ -62,9 +62,10 @@ def run_evaluation(settings: EvaluationSettings) -> list[dict]:
                 ) from None
             folder.add(records)
     folder.write("heatmap.png", draw_heatmap(folder.records))
-    print(
-        f"\n{format_table(folder.records)}\n\nscoring {settings.scoring}; results.json and heatmap.png are in {folder.path}"
-    )
+    print(f"\n{format_table(folder.records)}\n")
+    if any(task.startswith("qa") for task in tasks):
+        print(f"scoring {settings.scoring}; ", end="")
+    print(f"results.json and heatmap.png are in {folder.path}")
     return folder.records
 
 

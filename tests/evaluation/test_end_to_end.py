@@ -100,7 +100,7 @@ def test_own_rows(adapter, tmp_path):
         ("--task qa4", "qa4"),
         ("--task passkey --num_digits 40", "--num_digits"),
         ("--task qa1 --question_position middle", "--question_position"),
-        ("--task qa1 --babi_dir .", "qa1_test.txt"),
+        ("--task qa1 --babi_dir .", "--babi_dir . has no qa1_"),
         ("--dataset_name rows.jsonl", "target"),
     ],
 )
