@@ -213,8 +213,9 @@ class RmtForCausalLM(LongContextModel):
         tokens = self.get_input_embeddings()(segment.ids)
         hidden = self._run_decoder(torch.cat([memory, tokens, memory], dim=1), segment.mask, m)
         kept = hidden[:, m : hidden.shape[1] - m]
-        kept = kept[segment.scored] if segment.scored is not None else kept[:0, 0]
-        return kept, hidden[:, hidden.shape[1] - m :]
+        kept = kept[segment.scored] if segment.scored is not None else hidden.new_zeros(0, hidden.shape[-1])
+        # copies, not views: a view of the memory would keep the hidden states of the whole segment alive
+        return kept, hidden[:, hidden.shape[1] - m :].clone()
 
     def _run_decoder(self, embeds: Tensor, mask: Tensor | None, m: int) -> Tensor:
         """Last hidden states `[B, m + W + m, d]` of the decoder; padding among the W tokens changes nothing else."""
