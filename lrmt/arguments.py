@@ -130,8 +130,11 @@ class TrainingArguments(HfTrainingArguments):
     report_to: str = field(default="none", metadata={"help": "tensorboard, wandb, trackio, … or none."})
 
     def __post_init__(self):
-        # transformers refuses bf16 without a GPU unless told that the CPU is meant
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        # transformers refuses bf16 without a GPU unless told that the CPU is meant, and DeepSpeed looks for a GPU by itself
+        told = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+        self.use_cpu = self.use_cpu or told or not torch.accelerator.is_available()
+        if self.use_cpu:
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
         super().__post_init__()
 
 

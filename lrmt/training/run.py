@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 
 import torch
@@ -49,6 +50,10 @@ def train(
         vary_lengths=curriculum_args.vary_lengths,
         seed=training_args.seed,
     )
+    if training_args.deepspeed_plugin is not None:
+        _check_precision(model_args, training_args)
+        # DeepSpeed's collectives go by names that torch renames: one warning per call
+        warnings.filterwarnings("ignore", message="`torch.distributed.*deprecated", category=FutureWarning)
     if training_args.dry_run:
         if PartialState().is_main_process:
             print(describe_plan(model_class, settings, model_args, task_args, curriculum, training_args))
@@ -105,6 +110,17 @@ def _build_task(task_args: TaskArguments, tokenizer, split: str, settings: dict,
         dataset_config=task_args.dataset_config,
         dataset_split=task_args.dataset_train_split,
     )
+
+
+def _check_precision(model_args: ModelArguments, training_args: TrainingArguments) -> None:
+    """DeepSpeed casts every parameter to its own precision, which would garble 4-bit weights stored in another."""
+    precision = "bfloat16" if training_args.bf16 else "float16" if training_args.fp16 else "float32"
+    if model_args.dtype != precision:
+        flags = {"bfloat16": "--bf16 true", "float16": "--fp16 true --bf16 false", "float32": "--bf16 false"}
+        raise UsageError(
+            f"`--dtype` must be the precision that DeepSpeed trains in; got {model_args.dtype} and {precision}. "
+            f"Set `--dtype {precision}` or `{flags[model_args.dtype]}`"
+        )
 
 
 def _check_output_dir(training_args: TrainingArguments, checkpoint: str | None) -> None:

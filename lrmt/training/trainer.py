@@ -52,6 +52,7 @@ class LongContextTrainer(Trainer):
         self.progress = ProgressCallback(curriculum)
         args.max_steps = curriculum.total_steps
         args.remove_unused_columns = False
+        args.ignore_data_skip = True  # batches are drawn by step: a resumed run has none to skip
         super().__init__(
             model,
             args,

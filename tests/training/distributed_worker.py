@@ -1,0 +1,94 @@
+"""Trains as a recipe does; then every rank writes to `rank<N>.pt` what the tests want to know of it.
+
+accelerate launch --config_file ds_configs/zero3_2cpu.yaml tests/training/distributed_worker.py --output_dir DIR [flags]
+"""
+
+import time
+from pathlib import Path
+
+import torch
+from bitsandbytes.nn import Linear4bit
+
+from lrmt.arguments import (
+    CurriculumArguments,
+    ModelArguments,
+    RmtArguments,
+    TaskArguments,
+    TrainingArguments,
+    parse_arguments,
+)
+from lrmt.models import RmtForCausalLM
+from lrmt.training.run import train
+from lrmt.training.trainer import keep_4bit_trainable
+
+CONFIG = Path(__file__).parents[2] / "recipes" / "configs" / "rmt_tiny_llama.yaml"
+
+
+def train_with(flags: list[str] | None):
+    model, task, rmt, curriculum, training = parse_arguments(
+        ModelArguments,
+        TaskArguments,
+        RmtArguments,
+        CurriculumArguments,
+        TrainingArguments,
+        default_config=CONFIG,
+        description="a test",
+        args=flags,
+    )
+    return train(RmtForCausalLM, rmt, model, task, curriculum, training)
+
+
+def describe_parameters(model) -> dict[str, dict]:
+    """Per parameter: elements in all, elements that this rank keeps, dtype, and whether it trains."""
+    return {
+        name: {
+            "numel": getattr(p, "ds_numel", p.numel()),
+            "kept": p.ds_tensor.numel() if hasattr(p, "ds_tensor") else p.numel(),
+            "dtype": p.dtype,
+            "trains": p.requires_grad,
+        }
+        for name, p in model.named_parameters()
+    }
+
+
+@torch.no_grad()
+def known_logits(trainer) -> tuple[dict, torch.Tensor]:
+    """A held-out batch of two segments, the same on every rank, and its logits at the scored positions."""
+    inputs = trainer._draw(trainer.eval_task, 100, 4, 2 * trainer._segment_length)
+    trainer.model_wrapped.eval()
+    keep_4bit_trainable(trainer.model_wrapped)
+    return inputs, trainer.model_wrapped(**inputs).logits.float()
+
+
+def provoke_guard(trainer) -> tuple[str, float]:
+    """What a step says, and after how many seconds, in which rank r is given r + 1 segments."""
+    rank = trainer.args.process_index
+    inputs = trainer._draw(trainer.train_task, rank, 2, (rank + 1) * trainer._segment_length)
+    began = time.perf_counter()
+    try:
+        trainer.compute_loss(trainer.model_wrapped, inputs)
+    except RuntimeError as error:
+        return str(error), time.perf_counter() - began
+    return "", time.perf_counter() - began
+
+
+def main():
+    trainer = train_with(None)
+    inputs, logits = known_logits(trainer)
+    engine = trainer.model_wrapped
+    record = {
+        "engine": type(engine).__name__,
+        "stage": engine.zero_optimization_stage() if hasattr(engine, "zero_optimization_stage") else 0,
+        "parameters": describe_parameters(trainer.model),
+        "quantised": [n for n, m in trainer.model.named_modules() if isinstance(m, Linear4bit)],
+        "log": trainer.state.log_history,
+        "curriculum": trainer.curriculum.state_dict(),
+        "inputs": inputs,
+        "logits": logits,
+        "guard": provoke_guard(trainer),
+    }
+    torch.save(record, Path(trainer.args.output_dir, f"rank{trainer.args.process_index}.pt"))
+
+
+if __name__ == "__main__":
+    main()
