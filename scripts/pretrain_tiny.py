@@ -318,8 +318,7 @@ simple English, copies, and answers passkey and bAbI qa1 questions within a segm
 MLP {config.intermediate_size}, tied embeddings, {config.vocab_size} tokens (byte-fallback BPE){window}.
 - Data: {", ".join(files)}; built-in prose; generated facts and questions, pass keys, random chunks to copy, \
 simulated bAbI stories.
-- Losses: next token; while training from scratch also probes for the subject and the preceding tokens; attention drawn \
-to the place to copy from.
+- Losses: {", ".join(outcome["losses"])} (see `scripts/pretrain_tiny.py`).
 - Training: from {start}; {args.steps} steps of {args.batch_tokens} tokens, seed {args.seed}, Muon and AdamW, \
 {outcome["seconds"] / 60:.0f} minutes on {args.num_threads} CPU thread(s), the last {args.nf4_share:.0%} of the steps \
 on weights rounded to NF4. The saved matrices lie on the NF4 grid.

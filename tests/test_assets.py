@@ -1,0 +1,136 @@
+"""The shipped tiny backbones: small, loadable, and able to read a segment without any fine-tuning."""
+
+import os
+import re
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from lrmt.tasks import babi, build_task
+
+ROOT = Path(__file__).resolve().parents[1]
+ASSETS = ROOT / "lrmt" / "assets"
+DATA = Path(os.environ.get("LRMT_DATA", ROOT.parent / "shared" / "data"))
+BACKBONES = ("tiny-llama", "tiny-mistral")
+FILES = ("README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+LENGTH, SAMPLES = 128, 200
+BABI_WORDS = (  # of qa1-qa20
+    "Daniel John Mary Sandra Bill Fred Jeff Julie went moved journeyed travelled back to the bathroom bedroom garden "
+    "hallway kitchen office apple football milk got grabbed picked took dropped discarded left put down there Where is "
+    "was before gave handed passed What did Who received How many objects carrying nothing none one two three yes no "
+    "maybe either or longer not in Then After Afterwards Following that he she they this morning afternoon evening "
+    "yesterday school park cinema mice cats wolves sheep afraid of Lily Greg Bernhard Brian Julius swan frog lion rhino "
+    "white green gray yellow color triangle square rectangle sphere red blue pink above below right chocolate box chest "
+    "suitcase container fits inside bigger than north south east west How do you go from n s e w hungry tired bored "
+    "thirsty sumit jason antoine yann pajamas Why will"
+)
+
+realdata = pytest.mark.realdata
+needs_data = pytest.mark.skipif(
+    not (DATA / "babi" / "qa1_valid.txt").is_file() or not (DATA / "books" / "moby_dick.txt").is_file(),
+    reason=f"no bAbI files or books under {DATA}; set LRMT_DATA",
+)
+
+
+@cache
+def load_tokenizer(name: str):
+    return AutoTokenizer.from_pretrained(ASSETS / name)
+
+
+@cache
+def load_model(name: str, nf4: bool = False):
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    options = {"quantization_config": quantization} if nf4 else {"dtype": torch.float32}
+    return AutoModelForCausalLM.from_pretrained(ASSETS / name, **options).eval()
+
+
+@cache
+def load_task(name: str, official: bool = False):
+    data = {"babi_dir": DATA / "babi", "background": DATA / "books" / "moby_dick.txt"} if official else {}
+    return build_task(name, load_tokenizer("tiny-llama"), split="validation", segment_length=LENGTH, **data)
+
+
+@torch.no_grad()
+def exact_match(model, task, num_samples: int = SAMPLES) -> float:
+    """Share of samples whose greedy answer, EOS included, is right: every answer token is the argmax given the rest."""
+    examples = [task.example(index, LENGTH) for index in range(num_samples)]
+    ids = torch.from_numpy(np.stack([np.concatenate([e.prompt_ids, e.answer_ids]) for e in examples]))
+    guesses = torch.cat([model(input_ids=part, use_cache=False).logits.argmax(-1) for part in ids.split(50)])
+    right = [
+        torch.equal(guess[len(e.prompt_ids) - 1 : -1], torch.from_numpy(e.answer_ids))
+        for guess, e in zip(guesses, examples, strict=True)
+    ]
+    return float(np.mean(right))
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_files_are_all_there_and_small(name):
+    folder = ASSETS / name
+    assert set(FILES) <= {path.name for path in folder.iterdir()}
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 16e6
+
+
+def test_backbones_are_stock_architectures_of_one_shape():
+    llama, mistral = (load_model(name) for name in BACKBONES)
+    assert type(llama).__name__ == "LlamaForCausalLM"
+    assert type(mistral).__name__ == "MistralForCausalLM"
+    assert mistral.config.sliding_window == 256
+    shapes = [{key: value.shape for key, value in model.state_dict().items()} for model in (llama, mistral)]
+    assert shapes[0] == shapes[1]
+
+
+def test_backbones_share_one_tokenizer():
+    assert len({(ASSETS / name / "tokenizer.json").read_bytes() for name in BACKBONES}) == 1
+
+
+@pytest.mark.parametrize("text", ["plain words", " a  b\n\tc ", "naïve Ünïcödé ☃ 日本語 🙂", "The pass key is 90210."])
+def test_tokenizer_round_trips(text):
+    tokenizer = load_tokenizer("tiny-llama")
+    assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+
+
+def test_every_babi_word_is_one_token_and_digits_stand_alone():
+    tokenizer = load_tokenizer("tiny-llama")
+    split = {word: tokenizer(f" {word}", add_special_tokens=False)["input_ids"] for word in BABI_WORDS.split()}
+    assert {word: len(ids) for word, ids in split.items() if len(ids) != 1} == {}
+    assert len(tokenizer(" 12345", add_special_tokens=False)["input_ids"]) == 6
+    assert tokenizer.eos_token_id is not None
+    assert tokenizer.pad_token_id is not None
+
+
+@pytest.mark.parametrize("nf4", [False, True], ids=["fp32", "nf4"])
+@pytest.mark.parametrize("name", BACKBONES)
+def test_reads_a_passkey_within_a_segment(name, nf4):
+    assert exact_match(load_model(name, nf4), load_task("passkey")) >= 0.99
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_reads_simulated_qa1_within_a_segment(name):
+    assert exact_match(load_model(name), load_task("qa1")) >= 0.95
+
+
+@realdata
+@needs_data
+@pytest.mark.parametrize("nf4", [False, True], ids=["fp32", "nf4"])
+@pytest.mark.parametrize("name", BACKBONES)
+def test_reads_official_qa1_in_an_unseen_book(name, nf4):
+    assert exact_match(load_model(name, nf4), load_task("qa1", official=True)) >= 0.95
+
+
+@realdata
+@needs_data
+def test_every_word_of_the_files_is_one_token():
+    tokenizer, words = load_tokenizer("tiny-llama"), set()
+    for number in range(1, 21):
+        for sample in babi.read(DATA / "babi" / f"qa{number}_valid.txt"):
+            words.update(re.findall("[A-Za-z]+", " ".join([*sample.facts, sample.question, sample.answer])))
+    assert {word for word in words if len(tokenizer(f" {word}", add_special_tokens=False)["input_ids"]) != 1} == set()
