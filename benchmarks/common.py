@@ -1,0 +1,130 @@
+"""What the benchmarks share: a random LLaMA, peak memory, fresh processes, tables."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import resource
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lrmt.models import RmtForCausalLM
+
+# glibc then maps each large block by itself and gives it back at once: the peak of a process is that of what it held
+TIDY_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "131072"}
+QUIET = {"TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore"}
+MIB = 2**20
+
+
+def pick_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def build_model(hidden_size: int, layers: int, segment_length: int, vocabulary: int, num_memory_tokens=16, **settings):
+    """RMT with LoRA (r = 8, every linear layer) over a random LLaMA in fp32; only LoRA and the memory train."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, and it warns of what is not used here
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden_size,
+        intermediate_size=hidden_size * 8 // 3 // 8 * 8,
+        num_hidden_layers=layers,
+        num_attention_heads=max(1, hidden_size // 64),
+        max_position_embeddings=segment_length + 2 * num_memory_tokens,
+        use_cache=False,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    backbone = LlamaForCausalLM(config).requires_grad_(False)
+    model = RmtForCausalLM.from_backbone(
+        backbone, num_memory_tokens=num_memory_tokens, segment_length=segment_length, **settings
+    )
+    lora = LoraConfig(r=8, target_modules="all-linear", modules_to_save=model.memory_modules)
+    return get_peft_model(model, lora).to(pick_device())
+
+
+class PeakMemory(TorchDispatchMode):
+    """Peak bytes of tensors while the context lasts: every live storage, counted once, those of `held` included.
+
+    On CUDA the allocator's own count. `process_bytes()` is the peak of the whole process, libraries included.
+    """
+
+    def __init__(self, *held: torch.Tensor):
+        super().__init__()
+        self._live, self._peak, self._seen = 0, 0, {}
+        for tensor in held:
+            self._count(tensor)
+
+    def __enter__(self):
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        return super().__enter__()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, self._count, out)
+        return out
+
+    def _count(self, tensor):
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._seen:
+            self._live += size
+            self._peak = max(self._peak, self._live)
+            self._seen[key] = weakref.ref(storage, lambda _: self._free(key, size))
+
+    def _free(self, key, size):
+        del self._seen[key]
+        self._live -= size
+
+    def tensor_bytes(self) -> int:
+        return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else self._peak
+
+
+def process_bytes() -> int:
+    """Peak resident memory of this process."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def run_fresh(script: str, **settings) -> dict:
+    """Runs `script --one SETTINGS` in a process of its own; returns the JSON that it prints last."""
+    command = [sys.executable, script, "--one", json.dumps(settings)]
+    done = subprocess.run(
+        command, env={**os.environ, **TIDY_MALLOC, **QUIET}, stdout=subprocess.PIPE, text=True, check=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def write_report(name: str, output_dir: str, settings: dict, rows: list[dict], **figures) -> None:
+    """Prints rows and figures, and writes them to `output_dir/name.json`."""
+    print(format_table(rows))
+    for key, value in figures.items():
+        print(f"{key}: {value:.4g}")
+    path = Path(output_dir, f"{name}.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    report = {"settings": settings, "device": device, "torch": torch.__version__, "rows": rows, **figures}
+    path.write_text(json.dumps(report, indent=2) + "\n")
+    print(f"written to {path}")
+
+
+def format_table(rows: list[dict]) -> str:
+    cells = [list(rows[0]), *([_show(value) for value in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join("  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)) for line in cells)
+
+
+def _show(value) -> str:
+    if isinstance(value, float):
+        return f"{value:,.1f}" if value >= 100 else f"{value:.3f}"
+    return f"{value:,}" if type(value) is int else str(value)

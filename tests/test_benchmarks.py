@@ -1,0 +1,90 @@
+"""The benchmarks run and write what they promise; and constant-memory BPTT keeps the memory states alone, counted exactly."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lrmt.models import RmtForCausalLM
+
+ROOT = Path(__file__).parents[1]
+TOY = ["--hidden_size", "64", "--layers", "1", "--segment_length", "48", "--vocabulary", "64"]
+WIDTH, LENGTH, MEMORY = 32, 24, 4
+
+
+def run_benchmark(name, tmp_path, *flags):
+    command = [sys.executable, f"benchmarks/{name}.py", *TOY, *flags, "--output_dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / f"{name}.json").read_text())
+    assert all(key in done.stdout for key in report["rows"][0])
+    return report
+
+
+def test_training_memory_runs(tmp_path):
+    report = run_benchmark("training_memory", tmp_path, "--segments", "2", "8")
+    rows = {(r["checkpoint_segments"], r["segments"]): r for r in report["rows"]}
+    assert set(rows) == {(True, 2), (True, 8), (False, 2), (False, 8)}
+    assert report["growth_checkpointed"] < 0.5 < 1 < report["growth_plain"]
+    assert all(r["process_mib"] > r["tensor_mib"] > 0 for r in report["rows"])
+
+
+def test_read_memory_runs(tmp_path):
+    report = run_benchmark("read_memory", tmp_path, "--tokens", "500", "5000")
+    assert [(r["in_pieces"], r["tokens"]) for r in report["rows"]] == [
+        (False, 500), (False, 5000), (True, 500), (True, 5000),
+    ]  # fmt: skip
+    if not torch.cuda.is_available():  # tensors are counted exactly: nothing may grow
+        assert report["growth_whole"] == pytest.approx(0, abs=1e-3)
+        assert report["growth_in_pieces"] == pytest.approx(0, abs=1e-3)
+
+
+def test_throughput_runs(tmp_path):
+    report = run_benchmark("throughput", tmp_path, "--segments", "2", "--rounds", "1")
+    assert [r["variant"] for r in report["rows"]] == ["backbone", "rmt", "rmt, constant memory"]
+    assert report["rows"][0]["ratio"] == 1 and all(r["tokens_per_second"] > 0 for r in report["rows"])
+
+
+def bytes_saved_for_backward(segments, checkpoint_segments):
+    """Bytes that autograd holds between forward and backward: every storage once, the weights aside."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=64, use_cache=False,
+    )  # fmt: skip
+    backbone = LlamaForCausalLM(config).requires_grad_(False)
+    model = RmtForCausalLM.from_backbone(
+        backbone, num_memory_tokens=MEMORY, segment_length=LENGTH, checkpoint_segments=checkpoint_segments
+    )
+    ids = torch.randint(0, 40, (1, segments * LENGTH))
+    labels = torch.full_like(ids, -100)
+    labels[:, -2:] = ids[:, -2:]
+    weights = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
+    text = {ids.untyped_storage().data_ptr(), labels.untyped_storage().data_ptr()}
+    saved = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights | text:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(input_ids=ids, labels=labels).loss
+    loss.backward()
+    return sum(saved.values())
+
+
+def test_constant_memory_bptt_keeps_the_memory_states_alone():
+    """Between 8 and 64 segments, 56 more states of m × d floats are kept, and not a byte more."""
+    grown = bytes_saved_for_backward(64, True) - bytes_saved_for_backward(8, True)
+    assert grown == 56 * MEMORY * WIDTH * 4
+
+
+def test_plain_bptt_keeps_every_segment():
+    per_segment = LENGTH * WIDTH * 4
+    assert bytes_saved_for_backward(8, False) - bytes_saved_for_backward(4, False) > 4 * 10 * per_segment
