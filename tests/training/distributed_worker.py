@@ -72,6 +72,16 @@ def provoke_guard(trainer) -> tuple[str, float]:
     return "", time.perf_counter() - began
 
 
+def provoke_nan(trainer) -> str:
+    """What the trainer says of a loss that is finite on rank 0 alone; on the way every rank runs its segments once more."""
+    inputs = trainer._draw(trainer.train_task, trainer.args.process_index, 2, 3 * trainer._segment_length)
+    finite = [rank == 0 for rank in range(trainer.args.world_size)]
+    try:
+        trainer._explain_nan(trainer.model_wrapped, inputs, finite)
+    except FloatingPointError as error:
+        return str(error)
+
+
 def main():
     trainer = train_with(None)
     inputs, logits = known_logits(trainer)
@@ -86,6 +96,7 @@ def main():
         "inputs": inputs,
         "logits": logits,
         "guard": provoke_guard(trainer),
+        "nan": provoke_nan(trainer),
     }
     torch.save(record, Path(trainer.args.output_dir, f"rank{trainer.args.process_index}.pt"))
 

@@ -3,6 +3,7 @@
 The backbone is random: on a pretrained one of this size bf16 rounding alone moves the loss by more than the 2 % allowed.
 """
 
+import json
 import os
 import shutil
 import signal
@@ -10,7 +11,6 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,10 +19,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import lrmt
-from lrmt.errors import UsageError
 from lrmt.training.backbone import resolve_backbone
 from lrmt.training.checkpoint import audit_adapter
-from lrmt.training.run import _check_precision
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -136,10 +134,9 @@ def test_loss_curve_equals_one_process(sharded, single):
 
 def test_loss_of_a_known_batch_is_pinned(sharded, single, backbone, tmp_path):
     """Logged losses are the mean of the losses of the parts: for one rank, two ranks, and accumulation."""
-    accumulated = train_with(
-        ["--curriculum_stages", "1", "--stage_max_steps", "1", "--eval_samples", "8", "--logging_steps", "1", *batch(8, 2)]
-        + ["--model_name_or_path", str(backbone), "--output_dir", str(tmp_path / "run")]
-    )
+    flags = ["--curriculum_stages", "1", "--stage_max_steps", "1", "--eval_samples", "8", "--logging_steps", "1"]
+    flags += ["--model_name_or_path", str(backbone), "--output_dir", str(tmp_path / "run")]
+    accumulated = train_with([*flags, *batch(8, 2)])
     with torch.no_grad(), single.model.disable_adapter():  # LoRA off and the memory as drawn: the first step's model
         parts = [
             float(single.model(**single._draw(single.train_task, number, 4, single._segment_length)).loss)
@@ -151,7 +148,7 @@ def test_loss_of_a_known_batch_is_pinned(sharded, single, backbone, tmp_path):
 
 
 def test_adapter_opens_in_one_process(sharded):
-    """bf16 keeps 8 bits, so the logits of two orders of computation are a few times 2^-8 apart; 0.02 is five times that."""
+    """bf16 keeps 8 bits: the logits of two orders of computation are about 2^-8 apart (measured 0.0044); allowed: 0.02."""
     folder, (record, other) = sharded
     audit_adapter(folder)
     tensors = load_file(folder / "adapter_model.safetensors")
@@ -176,9 +173,10 @@ def test_checkpoint_holds_no_frozen_weight(sharded):
     state = folder / f"checkpoint-{SAVED_STEP}" / f"global_step{SAVED_STEP}"
     parameters = record["parameters"]
     trainable = sum(p["numel"] for p in parameters.values() if p["trains"])
+    trained = {name for name, p in parameters.items() if p["trains"]}
     for rank in range(2):
         saved = torch.load(state / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt", weights_only=False)
-        assert {name for name in saved["module"] if name in parameters} == {n for n, p in parameters.items() if p["trains"]}
+        assert {name for name in saved["module"] if name in parameters} == trained
         assert not saved["frozen_param_fragments"]
     # fp32 master weights and Adam's two moments over the ranks, bf16 weights and 4-bit constants on each, and some names
     constants = len(record["quantised"]) * 4096
@@ -197,12 +195,12 @@ def test_resumes_with_the_recipe(sharded, backbone, tmp_path):
     flags = [*CURRICULUM, *batch(8), "--model_name_or_path", backbone, "--output_dir", run, "--report_to", "none"]
     output = launch("zero3_2cpu", "recipes/rmt_llama.py", *flags, "--resume_from_checkpoint", "true")
     assert "stage 1 of 2" not in output and "stage 2 of 2" in output
-    state = torch.load(run / f"checkpoint-{sum(STAGE_STEPS)}" / "scheduler.pt", weights_only=False)
-    assert state["last_epoch"] == sum(STAGE_STEPS)
+    log = json.loads((run / f"checkpoint-{sum(STAGE_STEPS)}" / "trainer_state.json").read_text())["log_history"]
+    assert curve(log) == pytest.approx(curve(record["log"]), rel=1e-3)  # measured: equal to the last bit
     once, again = (load_file(path / "adapter_model.safetensors") for path in (folder, run))
     assert once.keys() == again.keys()
     for name in once:
-        assert relative_error(again[name].float(), once[name].float()) < 0.01, name
+        assert relative_error(again[name].float(), once[name].float()) < 1e-3, name
 
 
 def test_zero2_accumulates(backbone, tmp_path):
@@ -221,6 +219,11 @@ def test_guard_speaks_on_every_rank_of_an_engine(sharded):
     for message, seconds in (record["guard"] for record in sharded[1]):
         assert "different numbers of segments (rank 0: 1, rank 1: 2)" in message
         assert seconds < 10
+
+
+def test_nan_is_explained_on_every_rank(sharded):
+    for record in sharded[1]:
+        assert "3 segments, rank [1]" in record["nan"]
 
 
 GUARD = """
@@ -250,13 +253,3 @@ def test_guard_ends_every_rank(tmp_path):
     finally:
         for rank in ranks:
             rank.kill()
-
-
-@pytest.mark.parametrize("dtype, bf16, good", [("bfloat16", True, True), ("float32", True, False), ("bfloat16", False, False)])
-def test_precision_is_named_once(dtype, bf16, good):
-    arguments = SimpleNamespace(dtype=dtype), SimpleNamespace(bf16=bf16, fp16=False)
-    if good:
-        _check_precision(*arguments)
-    else:
-        with pytest.raises(UsageError, match="--dtype"):
-            _check_precision(*arguments)
