@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -39,14 +40,16 @@ def save_adapter(model: PeftModel, directory: str | os.PathLike, tokenizer=None,
     if tokenizer is not None:
         tokenizer.save_pretrained(temporary)
     (temporary / "README.md").write_text(_card(config))
-    audit_adapter(temporary)
+    trained = (name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    adapter = f".{model.active_adapter}"  # PEFT leaves it out of the names in the file
+    audit_adapter(temporary, [name.replace(".modules_to_save", "").replace(adapter, "") for name in trained])
     for path in temporary.iterdir():
         os.replace(path, directory / path.name)
     temporary.rmdir()
 
 
-def audit_adapter(directory: str | os.PathLike) -> None:
-    """Reopens a saved adapter; raises `RuntimeError` on an empty, missing or non-finite tensor."""
+def audit_adapter(directory: str | os.PathLike, expected: Iterable[str] = ()) -> None:
+    """Reopens a saved adapter; raises `RuntimeError` on an empty, missing (of those `expected`) or non-finite tensor."""
     with safe_open(Path(directory) / "adapter_model.safetensors", "pt") as file:
         names = list(file.keys())
         for name in names:
@@ -55,6 +58,8 @@ def audit_adapter(directory: str | os.PathLike) -> None:
                 raise RuntimeError(f"saved adapter {directory}: tensor {name} is empty, of shape {list(tensor.shape)}")
             if not bool(torch.isfinite(tensor.float()).all()):
                 raise RuntimeError(f"saved adapter {directory}: tensor {name} is not finite")
+    if missing := sorted(set(expected) - set(names)):
+        raise RuntimeError(f"saved adapter {directory}: {missing[0]} is missing, and {len(missing) - 1} more")
     modules = json.loads((Path(directory) / "adapter_config.json").read_text())["modules_to_save"] or []
     for module in modules:
         if not any(f".{module}." in f".{name}" for name in names):
@@ -85,7 +90,7 @@ def load(
 
     Args:
         path_or_hub_id: folder or Hub id. load_in_4bit: quantise the backbone (default: as the adapter was trained).
-        dtype: of the backbone (default: bfloat16 if 4-bit, else as saved). model_name_or_path: another place of the backbone.
+        dtype: of the backbone (default: as the adapter was trained). model_name_or_path: another place of the backbone.
 
     Raises:
         UsageError: nothing there, a half-written folder, or an adapter of another backbone.
@@ -105,7 +110,7 @@ def load(
     config = _read_config(path)
     quantised = config.backbone_quantization is not None if load_in_4bit is None else load_in_4bit
     if dtype is None:
-        dtype = torch.bfloat16 if quantised else (config.backbone_config.dtype or torch.float32)
+        dtype = config.backbone_config.dtype or (torch.bfloat16 if quantised else torch.float32)
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     quantization_config = None
     if quantised:
@@ -177,7 +182,7 @@ def find_checkpoint(output_dir: str | os.PathLike, wanted: str | bool | None) ->
         return None
     if wanted in (True, "true", "True", "last"):
         steps = {int(p.name.split("-")[1]): p for p in Path(output_dir).glob("checkpoint-*") if p.name.split("-")[1].isdigit()}
-        whole = [path for _, path in sorted(steps.items()) if (path / POSITION_FILE).is_file()]
+        whole = [path for _, path in sorted(steps.items()) if _what_is_broken(path) is None]
         if not whole:
             raise UsageError(f"`--resume_from_checkpoint`: {output_dir} holds no whole checkpoint; start without the flag")
         return str(whole[-1])
@@ -185,9 +190,43 @@ def find_checkpoint(output_dir: str | os.PathLike, wanted: str | bool | None) ->
     if not path.is_dir():
         there = ", ".join(sorted(p.name for p in Path(output_dir).glob("checkpoint-*"))) or "no checkpoints"
         raise UsageError(f"`--resume_from_checkpoint` {wanted}: no such folder ({output_dir} holds {there})")
-    missing = [n for n in (POSITION_FILE, *ADAPTER_FILES, "trainer_state.json") if not (path / n).is_file()]
-    if missing:
-        raise UsageError(
-            f"`--resume_from_checkpoint` {wanted}: half-written, {missing[0]} is missing; name an earlier one, or say true"
-        )
+    if broken := _what_is_broken(path):
+        raise UsageError(f"`--resume_from_checkpoint` {wanted}: half-written, {broken}; name an earlier one, or say true")
     return str(path)
+
+
+def _what_is_broken(checkpoint: Path) -> str | None:
+    """What a checkpoint lacks that was cut off while being written, or on a disk that filled up."""
+    for name in (POSITION_FILE, *ADAPTER_FILES, "trainer_state.json"):
+        if not (checkpoint / name).is_file():
+            return f"{name} is missing"
+        try:
+            if name.endswith(".json"):
+                json.loads((checkpoint / name).read_text())
+            else:
+                safe_open(checkpoint / name, "pt")
+        except Exception:
+            return f"{name} cannot be read"
+    return None
+
+
+def check_resumable(checkpoint: str, model: PeftModel) -> None:
+    """Raises `UsageError` if the checkpoint belongs to another backbone, memory or LoRA than `model`."""
+    saved = json.loads(Path(checkpoint, "config.json").read_text())
+    mine = model.get_base_model().config.to_dict()
+    for name, value in mine.items():
+        if name in saved and name.split("_")[0] in ("num", "segment", "bptt") and saved[name] != value:
+            raise UsageError(f"`--resume_from_checkpoint` {checkpoint}: trained with {name} {saved[name]}; got `--{name}` {value}")
+    if saved.get("backbone_fingerprint") != mine["backbone_fingerprint"]:
+        raise UsageError(
+            f"`--resume_from_checkpoint` {checkpoint}: trained on another backbone ({saved['backbone_name']}) than "
+            f"`--model_name_or_path` {mine['backbone_name']}; name that one"
+        )
+    saved = json.loads(Path(checkpoint, "adapter_config.json").read_text())
+    lora = model.peft_config[model.active_adapter]
+    for name in ("r", "lora_alpha"):
+        if saved[name] != getattr(lora, name):
+            flag = f"lora_{name.removeprefix('lora_')}"
+            raise UsageError(
+                f"`--resume_from_checkpoint` {checkpoint}: trained with {flag} {saved[name]}; got `--{flag}` {getattr(lora, name)}"
+            )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import warnings
 from pathlib import Path
 
 import torch
 import yaml
 from accelerate import PartialState
-from transformers import set_seed
+from transformers import AutoConfig, set_seed
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from lrmt.arguments import CurriculumArguments, ModelArguments, TaskArguments, TrainingArguments, as_dict
@@ -17,8 +18,8 @@ from lrmt.errors import UsageError
 from lrmt.models.base import LongContextModel
 from lrmt.tasks import build_task
 from lrmt.tasks.curriculum import Curriculum
-from lrmt.training.backbone import build_model, load_tokenizer, trainable_names
-from lrmt.training.checkpoint import find_checkpoint
+from lrmt.training.backbone import build_model, load_tokenizer, open_pretrained, trainable_names
+from lrmt.training.checkpoint import check_resumable, find_checkpoint
 from lrmt.training.plan import describe_plan
 from lrmt.training.trainer import LongContextTrainer
 
@@ -61,7 +62,10 @@ def train(
     checkpoint = find_checkpoint(training_args.output_dir, training_args.resume_from_checkpoint)
     _check_output_dir(training_args, checkpoint)
     set_seed(training_args.seed)
-    tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
+    name, revision = model_args.model_name_or_path, model_args.model_revision
+    # bad settings show here, before texts are made with them and weights are loaded
+    model_class.config_class(backbone_config=open_pretrained(AutoConfig.from_pretrained, name, revision=revision), **settings)
+    tokenizer = load_tokenizer(name, revision)
     tasks = {split: _build_task(task_args, tokenizer, split, settings, training_args) for split in ("train", "validation")}
     for task in tasks.values():  # texts that cannot be made show here, before anything is loaded or written
         task.example(0, curriculum.stages[0] * settings["segment_length"])
@@ -83,10 +87,16 @@ def train(
         tokenizer=tokenizer,
         eval_samples=curriculum_args.eval_samples,
     )
+    if checkpoint is not None:
+        check_resumable(checkpoint, model)
     if trainer.is_world_process_zero():
+        if checkpoint is None:  # or a later resume would take up one of another run
+            for old in Path(training_args.output_dir).glob("checkpoint-*"):
+                shutil.rmtree(old)
         _save_arguments(training_args.output_dir, method_args, model_args, task_args, curriculum_args, training_args)
         names = trainable_names(model)
         print(f"{len(names)} trainable tensors (LoRA and {', '.join(model_class.memory_modules)}); saving to {training_args.output_dir}")
+    PartialState().wait_for_everyone()
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     if training_args.push_to_hub:
@@ -128,7 +138,8 @@ def _check_output_dir(training_args: TrainingArguments, checkpoint: str | None) 
     path = Path(training_args.output_dir)
     occupied = path.exists() and (not path.is_dir() or any(path.iterdir()))
     PartialState().wait_for_everyone()  # or a fast rank's first file would stop a slow one
-    if occupied and checkpoint is None and not training_args.overwrite_output_dir:
+    resumed_here = checkpoint is not None and Path(checkpoint).resolve().parent == path.resolve()
+    if occupied and not resumed_here and not training_args.overwrite_output_dir:
         raise UsageError(
             f"`--output_dir` {path} is not empty; name another, go on with `--resume_from_checkpoint true`, or replace what "
             "is there with `--overwrite_output_dir`"

@@ -107,12 +107,13 @@ class LongContextTrainer(Trainer):
     def _explain_nan(self, model, inputs, finite):
         """Every rank comes here together, so the extra forward keeps them in step."""
         norms = self.model.get_base_model().memory_norms(inputs["input_ids"], inputs["attention_mask"])
+        segments = len(norms) + 1  # the last one writes no memory
         bad = next((s for s, norm in enumerate(norms) if not math.isfinite(norm)), None)
-        where = f"memory first breaks in segment {bad + 1}" if bad is not None else f"memory norms {norms[:8]} are finite"
+        where = f"memory first breaks in segment {bad + 1}" if bad is not None else f"it breaks in the last segment, {segments}"
         ranks = [rank for rank, ok in enumerate(finite) if not ok]
         raise FloatingPointError(
             f"loss is not finite at step {self.state.global_step + 1} (stage {self.curriculum.stage + 1}, "
-            f"{len(norms)} segments, rank {ranks}): {where}; lower `--learning_rate` ({self.args.learning_rate}) or "
+            f"{segments} segments, rank {ranks}): {where}; lower `--learning_rate` ({self.args.learning_rate}) or "
             f"`--max_grad_norm` ({self.args.max_grad_norm}) and resume from the last checkpoint"
         )
 
@@ -123,23 +124,25 @@ class LongContextTrainer(Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         """`--lr_scheduler_type` with its warm-up, begun anew in each stage."""
-        curriculum, schedules = self.curriculum, {}
-
-        def factor(_):
-            if curriculum.stage not in schedules:
-                limit = curriculum.max_steps[curriculum.stage]
-                warmup = self.args.warmup_steps
-                warmup = math.ceil(warmup * limit) if warmup < 1 else int(warmup)
-                dummy = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-                schedules[curriculum.stage] = get_scheduler(
-                    self.args.lr_scheduler_type, dummy, warmup, limit, self.args.lr_scheduler_kwargs
-                ).lr_lambdas[0]
-            return schedules[curriculum.stage](curriculum.stage_step + 1)
-
         if self.lr_scheduler is None:
-            self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, factor)
+            self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, lambda _: self._lr_factor())
             self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    def _lr_factor(self) -> float:
+        """What the learning rate of the stage's next step is multiplied by; its first two steps share one, above 0."""
+        limit, warmup = self.curriculum.max_steps[self.curriculum.stage], self.args.warmup_steps
+        warmup = math.ceil(warmup * limit) if warmup < 1 else int(warmup)
+        dummy = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+        schedule = get_scheduler(self.args.lr_scheduler_type, dummy, warmup, limit, self.args.lr_scheduler_kwargs)
+        return schedule.lr_lambdas[0](self.curriculum.stage_step + 1)
+
+    def _restart_schedule(self) -> None:
+        """The scheduler has set the next learning rate already when a promotion moves that step to another stage."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * self._lr_factor()
+        scheduler = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # accelerate and DeepSpeed wrap it
+        scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]  # what logs show
 
     # ------------------------------------------------------------------ held-out accuracy
 
@@ -172,8 +175,10 @@ class LongContextTrainer(Trainer):
             f"{metric_key_prefix}_segments": segments,
         }
         self.log(metrics)
-        if self.is_in_train and (message := self.curriculum.report(right / count)) and self.is_world_process_zero():
-            print(f"\n{message}", flush=True)
+        if self.is_in_train and (message := self.curriculum.report(right / count)):
+            self._restart_schedule()
+            if self.is_world_process_zero():
+                print(f"\n{message}", flush=True)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -195,6 +200,9 @@ class LongContextTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
         if resume_from_checkpoint is not None:
             self.curriculum.load_state_dict(json.loads(Path(resume_from_checkpoint, POSITION_FILE).read_text()))
+            if self.curriculum.finished:  # no step is left, though promotions left some of the limits unused
+                state = json.loads(Path(resume_from_checkpoint, "trainer_state.json").read_text())
+                self.args.max_steps = state["global_step"]
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
 

@@ -1,0 +1,119 @@
+"""What several tests share: random backbones with the shipped tokenizer, and recipes run inside the test's process."""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, MistralConfig, Qwen2Config
+
+ROOT = Path(__file__).parents[1]
+SHAPE = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 256, "bos_token_id": None,
+}  # fmt: skip
+#: small steps, no progress bar; a test's own flags come after them and win
+SMALL = (
+    "--num_memory_tokens 4 --segment_length 64 --num_digits 2 --lora_r 4 --curriculum_stages 1 2 --stage_max_steps 4 "
+    "--promotion_accuracy 1.0 --per_device_train_batch_size 4 --per_device_eval_batch_size 4 --eval_samples 4 --eval_steps 100 "
+    "--logging_steps 1 --save_steps 100 --warmup_steps 0 --lr_scheduler_type linear --disable_tqdm true"
+).split()
+FP32 = "--load_in_4bit false --dtype float32 --bf16 false".split()
+
+
+def _configs(vocab_size: int, eos_token_id: int) -> dict:
+    shape = SHAPE | {"vocab_size": vocab_size, "eos_token_id": eos_token_id}
+    return {
+        "llama": LlamaConfig(**shape),
+        "llama-tied": LlamaConfig(**shape, tie_word_embeddings=True),
+        "mistral": MistralConfig(**shape, sliding_window=None),
+        "qwen2": Qwen2Config(**shape),
+        "gpt2": GPT2Config(
+            vocab_size=vocab_size, n_embd=64, n_layer=2, n_head=4, n_positions=256, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
+            eos_token_id=eos_token_id, bos_token_id=None,
+        ),
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def backbones(tmp_path_factory) -> dict[str, Path]:
+    """Folders of random backbones by architecture, each with the tokenizer that ships with lrmt."""
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "lrmt" / "assets" / "tiny-llama")
+    folders = {}
+    for name, config in _configs(len(tokenizer), tokenizer.eos_token_id).items():
+        folders[name] = tmp_path_factory.mktemp("backbones") / name
+        torch.manual_seed(0)
+        backbone = AutoModelForCausalLM.from_config(config)
+        with torch.no_grad():  # the default initialisation is near zero: let every layer matter
+            for parameter in backbone.parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+        backbone.save_pretrained(folders[name])
+        tokenizer.save_pretrained(folders[name])
+    return folders
+
+
+def _main(recipe: str):
+    spec = importlib.util.spec_from_file_location(recipe, ROOT / "recipes" / f"{recipe}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+@pytest.fixture(scope="session")
+def run_recipe():
+    """`run_recipe("rmt_llama", *flags)`: the recipe's `main` with this command line."""
+
+    def run(recipe: str, *flags):
+        argv, sys.argv = sys.argv, [f"{recipe}.py", *map(str, flags)]
+        try:
+            return _main(recipe)()
+        finally:
+            sys.argv = argv
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def train_small(backbones, tmp_path_factory):
+    """`train_small(*flags)`: trains a random LLaMA, unless flags say otherwise, and returns the trainer."""
+    from lrmt.arguments import (
+        CurriculumArguments,
+        ModelArguments,
+        RmtArguments,
+        TaskArguments,
+        TrainingArguments,
+        parse_arguments,
+    )
+    from lrmt.models import RmtForCausalLM
+    from lrmt.training.run import train
+
+    def run(*flags):
+        flags = ["--model_name_or_path", backbones["llama"], "--output_dir", tmp_path_factory.mktemp("runs") / "run", *SMALL, *flags]
+        model, task, rmt, curriculum, training = parse_arguments(
+            ModelArguments, TaskArguments, RmtArguments, CurriculumArguments, TrainingArguments,
+            default_config=ROOT / "recipes" / "configs" / "rmt_tiny_llama.yaml", description="", args=list(map(str, flags)),
+        )  # fmt: skip
+        return train(RmtForCausalLM, rmt, model, task, curriculum, training)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def small_flags() -> list[str]:
+    return list(SMALL)
+
+
+@pytest.fixture(scope="session")
+def fp32_flags() -> list[str]:
+    return list(FP32)
+
+
+@pytest.fixture(scope="session")
+def trained(train_small):
+    """A short NF4 run with everything an adapter folder holds: `(trainer, folder)`."""
+    trainer = train_small("--save_steps", "3", "--learning_rate", "1e-2")
+    return trainer, Path(trainer.args.output_dir)
