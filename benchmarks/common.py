@@ -8,6 +8,7 @@ import os
 import resource
 import subprocess
 import sys
+import warnings
 import weakref
 from pathlib import Path
 
@@ -31,6 +32,7 @@ def pick_device() -> torch.device:
 def build_model(hidden_size: int, layers: int, segment_length: int, vocabulary: int, num_memory_tokens=16, **settings):
     """RMT with LoRA (r = 8, every linear layer) over a random LLaMA in fp32; only LoRA and the memory train."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, and it warns of what is not used here
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
