@@ -40,7 +40,11 @@ class ModelArguments(TrlModelConfig):
             raise UsageError("`--load_in_8bit` is not supported; got True. Use `--load_in_4bit` or neither")
         if self.dtype not in ("bfloat16", "float32", "float16"):
             raise UsageError(f"`--dtype` must be bfloat16, float32 or float16; got {self.dtype}")
+        targets = self.lora_target_modules
         super().__post_init__()
+        # TRL unpacks a list of one, which PEFT takes for a pattern of the whole name
+        if targets is not None and self.lora_target_modules != "all-linear":
+            self.lora_target_modules = targets
 
 
 @dataclass
@@ -66,6 +70,11 @@ class TaskArguments(TrlScriptArguments):
         default="last", metadata={"help": "Where BABILong's question stands: last, first or both."}
     )
     max_n_facts: int | None = field(default=None, metadata={"help": "Drop bAbI stories with more facts than this."})
+
+    early_facts_share: float = field(
+        default=0.0,
+        metadata={"help": "Share (0..1) of training texts with all facts before the last segment: only memory finds them."},
+    )
 
     def __post_init__(self):
         if self.dataset_name is not None:

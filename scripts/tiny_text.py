@@ -29,6 +29,9 @@ yellow Here we There again pass key Remember it Once he she her his him with for
 they will
 """
 LIST_WORDS = " apple,football milk,apple,football football,milk"  # qa8 answers join things without spaces
+PASSKEY_LINE = (  # a task line unlike the one that lrmt.tasks asks with
+    "One important fact is hidden in a lot of irrelevant text. Find it and remember it for the question at the end."
+)
 VOCAB_SIZE = 1024
 MAX_LENGTH = 1024
 SKIP, READ, ANSWER = 0, 1, 2  # what a token counts for in the loss
@@ -248,7 +251,7 @@ class Corpus:
         key = self.encode(str(rng.randrange(10 ** (num_digits - 1), 10**num_digits)))
         told, again, told_end = map(self.encode, ("The pass key is", "Remember it.", "is the pass key."))
         question = self.encode(passkey.QUESTION)
-        task_line = self.encode(passkey.TASK_LINE) if length >= 100 and rng.random() < 0.4 else []
+        task_line = self.encode(PASSKEY_LINE) if length >= 100 and rng.random() < 0.4 else []
         fixed = len(task_line) + len(told + key + again + key + told_end + question + key) + 2
         room = length - fixed
         if rng.random() < 0.7:

@@ -16,7 +16,7 @@ __all__ = ["Background", "Example", "MixedTask", "ProceduralProse", "Task", "bui
 
 
 def _passkey(name, tokenizer, options):
-    return PasskeyTask(tokenizer, **_only(options, "split seed segment_length num_digits depth"))
+    return PasskeyTask(tokenizer, **_only(options, "split seed segment_length num_digits depth early_facts_share"))
 
 
 def _dataset(name, tokenizer, options):
@@ -33,6 +33,7 @@ def _babilong(name, tokenizer, options):
         background = Background(background, tokenizer)
     options["background"] = background  # the tasks of a mixture share it
     wanted = "background split seed babi_dir segment_length max_n_facts question_position task_start_pct task_end_pct"
+    wanted += " early_facts_share"
     return BabilongTask(name, tokenizer, **_only(options, wanted))
 
 
@@ -74,6 +75,7 @@ def build_task(
     question_position: str = "last",
     task_start_pct: float = 0.0,
     task_end_pct: float = 1.0,
+    early_facts_share: float = 0.0,
 ) -> Task:
     """Build a task by name: passkey, qa1..qa20, dataset, or a mixture such as "qa1,qa2".
 
@@ -83,6 +85,8 @@ def build_task(
     options = dict(locals())
     if split not in SPLITS:
         raise UsageError(f"split must be one of {', '.join(SPLITS)}; got {split!r}{_hint(split, SPLITS)}")
+    if not 0 <= early_facts_share <= 1:
+        raise UsageError(f"--early_facts_share must lie in [0, 1]; got {early_facts_share}")
     names = [part.strip() for part in name.split(",")]
     for part in names:
         if part not in TASKS:

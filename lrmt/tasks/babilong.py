@@ -8,7 +8,7 @@ import numpy as np
 from lrmt.errors import UsageError
 from lrmt.tasks import babi
 from lrmt.tasks.background import Background
-from lrmt.tasks.base import Example, Pieces, Task, check_segment, derive_rng, derive_seed, epoch_order, join
+from lrmt.tasks.base import Example, Pieces, Task, check_segment, derive_rng, derive_seed, epoch_order, join, start_of_last_segment
 
 QUESTION_POSITIONS = ("last", "first", "both")
 _HELD_OUT = 10  # one sample in so many of a train file is for validation where the validation file serves as test
@@ -27,6 +27,7 @@ class BabilongTask(Task):
     Train draws a fresh permutation for each epoch; validation and test keep file order, so index i is the i-th sample
     that fits. Test is qaN_test.txt; in a folder without it qaN_valid.txt is, and validation is then the last tenth of
     qaN_train.txt, which training leaves out: what selects a model is never what is reported. Without `babi_dir` each index simulates its own story (qa1-qa3).
+    `early_facts_share` of the training texts have all facts before the last segment, where only memory can find them.
     `length` 0 means no background at all (the 0k setting).
     Raises UsageError for bad options, missing files, or a question and answer longer than `segment_length`.
     """
@@ -45,6 +46,7 @@ class BabilongTask(Task):
         question_position: str = "last",
         task_start_pct: float = 0.0,
         task_end_pct: float = 1.0,
+        early_facts_share: float = 0.0,
     ):
         if question_position not in QUESTION_POSITIONS:
             raise UsageError(
@@ -60,6 +62,8 @@ class BabilongTask(Task):
         self.name, self.background, self.split, self.seed = name, background, split, seed
         self.max_n_facts, self.question_position = max_n_facts, question_position
         self.span = (task_start_pct, task_end_pct)
+        self.segment_length = segment_length
+        self.early_facts_share = early_facts_share if split == "train" and segment_length else 0.0
         self.pieces = Pieces(tokenizer)
         self._fitting: dict[int, np.ndarray] = {}  # length -> indices of the samples that fit
         if babi_dir is None:
@@ -89,7 +93,14 @@ class BabilongTask(Task):
         question, answer = self.pieces(sample.question), self.pieces.answer(sample.answer)
         context = facts
         if length:
-            context = self._hide(facts, self.background.take(rng, length - self._count(sample)), rng)
+            background = length - self._count(sample)
+            span = self.span
+            if self.early_facts_share and rng.random() < self.early_facts_share and background:
+                asked = len(question) if self.question_position == "both" else 0
+                early = start_of_last_segment(length, self.segment_length) - sum(map(len, facts)) - asked
+                if early > 0:
+                    span = (0.0, min(1.0, early / background))
+            context = self._hide(facts, self.background.take(rng, background), rng, span)
         before = [question] if self.question_position != "last" else []
         after = [question] if self.question_position != "first" else []
         prompt = join([*before, *context, *after])
@@ -129,16 +140,17 @@ class BabilongTask(Task):
         limit = f" with --max_n_facts {self.max_n_facts}" if self.max_n_facts else ""
         raise UsageError(f"no story of {self.name} fits into {length} tokens{limit}; give a greater length")
 
-    def _hide(self, facts: list[np.ndarray], background: list[np.ndarray], rng: np.random.Generator):
+    def _hide(self, facts: list[np.ndarray], background: list[np.ndarray], rng: np.random.Generator, span=None):
         """Facts and background sentences in one list; gap g lies before background sentence g."""
+        span = span or self.span
         low, high = 0, len(background)
-        if self.span != (0.0, 1.0):
+        if span != (0.0, 1.0):
             offsets = np.concatenate([[0], np.cumsum([len(s) for s in background])])
-            inside = np.flatnonzero((offsets >= self.span[0] * offsets[-1]) & (offsets <= self.span[1] * offsets[-1]))
+            inside = np.flatnonzero((offsets >= span[0] * offsets[-1]) & (offsets <= span[1] * offsets[-1]))
             if len(inside):
                 low, high = int(inside[0]), int(inside[-1])
             else:  # the span lies within one sentence: the gap before it
-                low = high = int(np.searchsorted(offsets, self.span[0] * offsets[-1])) - 1
+                low = high = int(np.searchsorted(offsets, span[0] * offsets[-1])) - 1
         gaps = np.sort(rng.integers(low, high + 1, size=len(facts))).tolist()
         pieces: list[np.ndarray] = []
         start = 0

@@ -109,3 +109,8 @@ def check_segment(question: np.ndarray, answer: np.ndarray, segment_length: int 
             f"--segment_length {segment_length} is too short: question and answer of {where} take {needed} tokens; "
             f"raise it to {needed} or more, or shorten them"
         )
+
+
+def start_of_last_segment(length: int, segment_length: int) -> int:
+    """How many tokens stand before the last segment of a text, its first segment being full."""
+    return (-(-length // segment_length) - 1) * segment_length

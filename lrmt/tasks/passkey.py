@@ -3,11 +3,9 @@
 import numpy as np
 
 from lrmt.errors import UsageError
-from lrmt.tasks.base import Example, Pieces, Task, check_segment, derive_rng, join
+from lrmt.tasks.base import Example, Pieces, Task, check_segment, derive_rng, join, start_of_last_segment
 
-TASK_LINE = (
-    "One important fact is hidden in a lot of irrelevant text. Find it and remember it for the question at the end."
-)
+TASK_LINE = "Find the pass key in this text."
 FILLER = (
     "The grass is green.",
     "The sky is blue.",
@@ -22,13 +20,14 @@ QUESTION = "What is the pass key? The pass key is"
 class PasskeyTask(Task):
     """Task line, filler, the key, filler, question; the filler is cut at token level to the exact length.
 
-    `depth` is the share of the filler before the key (0 at the top), drawn uniformly when None.
+    `depth` is the share of the filler before the key (0 at the top), drawn uniformly when None. `early_facts_share` of the
+    training texts have the key before the last segment, where only memory can find it.
     Raises UsageError for bad options, or a question and answer longer than `segment_length`.
     """
 
     name = "passkey"
 
-    def __init__(self, tokenizer, *, split="train", seed=0, segment_length=None, num_digits=5, depth=None):
+    def __init__(self, tokenizer, *, split="train", seed=0, segment_length=None, num_digits=5, depth=None, early_facts_share=0.0):
         if not 1 <= num_digits <= 18:
             raise UsageError(f"--num_digits must be 1..18; got {num_digits}")
         if depth is not None and not 0 <= depth <= 1:
@@ -38,6 +37,8 @@ class PasskeyTask(Task):
         self.task_line, self.question = self.pieces(TASK_LINE), self.pieces(QUESTION)
         self.filler = join(map(self.pieces, FILLER))
         self.max_new_tokens = max(10, num_digits + 2)
+        self.segment_length = segment_length
+        self.early_facts_share = early_facts_share if split == "train" and segment_length else 0.0
         check_segment(self.question, self.pieces.answer("9" * num_digits), segment_length, "passkey")
 
     def example(self, index: int, length: int) -> Example:
@@ -49,7 +50,11 @@ class PasskeyTask(Task):
         room = length - needed
         if room < 0:
             raise UsageError(f"passkey does not fit into {length} tokens; give a length of {needed} or more")
-        before = int(rng.integers(room + 1)) if self.depth is None else round(self.depth * room)
+        latest = room
+        if self.early_facts_share and rng.random() < self.early_facts_share:
+            early = start_of_last_segment(length, self.segment_length) - len(self.task_line) - len(told)
+            latest = min(room, early) if early >= 0 else room
+        before = int(rng.integers(latest + 1)) if self.depth is None else round(self.depth * room)
         filler = np.resize(self.filler, max(before, room - before))
         prompt = join([self.task_line, filler[:before], told, filler[: room - before], self.question])
         return Example(prompt, answer, QUESTION, key, self.name)

@@ -232,3 +232,17 @@ def test_official_files_over_real_books(tokenizer, data_dir, tmp_path):
             place = text.index(fact, place) + len(fact)
         assert text.endswith(f" {fits[7].question.strip()}")
         assert example.target == fits[7].answer
+
+
+@pytest.mark.parametrize("position", ["last", "both"])
+def test_early_facts_stand_before_the_last_segment(tokenizer, prose, position):
+    def last_fact(share):
+        task = BabilongTask(
+            "qa1", tokenizer, prose, segment_length=128, early_facts_share=share, question_position=position
+        )
+        for index in range(40):
+            text = decode(tokenizer, task.example(index, 384))
+            end = [match.end() for match in FACT.finditer(text)][-1]
+            yield len(tokenizer.encode(text[:end], add_special_tokens=False))
+
+    assert max(last_fact(1.0)) <= 256 < max(last_fact(0.0))

@@ -76,3 +76,18 @@ def test_bad_options_are_refused(tokenizer):
         PasskeyTask(tokenizer, depth=1.5)
     with pytest.raises(UsageError, match="--segment_length 16 is too short"):
         PasskeyTask(tokenizer, segment_length=16)
+
+
+def test_early_keys_stand_before_the_last_segment_in_training_only(tokenizer):
+    def ends(split, share, segments):
+        task = PasskeyTask(tokenizer, split=split, segment_length=96, early_facts_share=share)
+        for index in range(40):
+            example = task.example(index, segments * 96)
+            told = tokenizer.decode(example.prompt_ids).index(f"{example.target} is the pass key.")
+            tokens = len(tokenizer.encode(tokenizer.decode(example.prompt_ids)[:told], add_special_tokens=False))
+            yield tokens / 96
+
+    assert max(ends("train", 1.0, 3)) < 2 < max(ends("train", 0.0, 3))
+    assert max(ends("validation", 1.0, 3)) > 2
+    assert sum(at < 2 for at in ends("train", 0.5, 2)) > 0
+    assert len(list(ends("train", 1.0, 1))) == 40  # one segment: nowhere else to go
