@@ -19,6 +19,13 @@ from trl import TrlParser
 from lrmt.errors import UsageError
 
 
+def _check_counts(arguments, *names: str) -> None:
+    for name in names:
+        value = getattr(arguments, name)
+        if value is None or value < 1 or value != int(value):
+            raise UsageError(f"`--{name}` must be a whole number, 1 or more; got {value}")
+
+
 @dataclass
 class ModelArguments(TrlModelConfig):
     """The backbone, its quantisation and LoRA: TRL's `ModelConfig` with QLoRA switched on."""
@@ -116,6 +123,9 @@ class CurriculumArguments:
     vary_lengths: bool = field(default=True, metadata={"help": "Stage n draws 1..n segments per step; off: always n."})
     eval_samples: int = field(default=64, metadata={"help": "Held-out samples per evaluation, over all ranks."})
 
+    def __post_init__(self):
+        _check_counts(self, "eval_samples")
+
 
 @dataclass
 class TrainingArguments(HfTrainingArguments):
@@ -139,6 +149,7 @@ class TrainingArguments(HfTrainingArguments):
     report_to: str = field(default="none", metadata={"help": "tensorboard, wandb, trackio, … or none."})
 
     def __post_init__(self):
+        _check_counts(self, "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "eval_steps")
         # transformers refuses bf16 without a GPU unless told that the CPU is meant, and DeepSpeed looks for a GPU by itself
         told = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
         self.use_cpu = self.use_cpu or told or not torch.accelerator.is_available()
@@ -208,7 +219,7 @@ def _read_config(path: str, parser: Parser) -> dict:
         raise UsageError(
             f"`--config` {path}: {error.strerror}" + (f"; {folder} holds {', '.join(there)}" if there else "")
         ) from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"`--config` {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(config, dict):
         raise UsageError(f"`--config` {path} must be a mapping of keys to values; got {type(config).__name__}")
@@ -218,13 +229,14 @@ def _read_config(path: str, parser: Parser) -> dict:
             parser._refuse(f"key in {path}", str(key), known)
     for action in parser._actions:
         # argparse converts string defaults only: bring "1e-4", which YAML reads as a string, and numbers to their type
-        value = config.get(action.dest)
-        if isinstance(value, (list, dict, bool)) or value is None or action.type is None:
+        value, many = config.get(action.dest), action.nargs in ("+", "*")
+        if value is None or action.type is None or isinstance(value, dict) or (isinstance(value, list) and action.type is str):
             continue
         try:
-            config[action.dest] = action.type(str(value))
+            values = [action.type(str(v)) for v in (value if many and isinstance(value, list) else [value])]
         except (ValueError, argparse.ArgumentTypeError):
             raise UsageError(f"key `{action.dest}` in {path}: {value!r} is not a valid value; see --help") from None
+        config[action.dest] = values if many else values[0]
     return config
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from trl import get_peft_config, get_quantization_config
 
@@ -123,14 +124,20 @@ def build_model(
     # the name as the user gave it: a shipped backbone's folder is a path of this machine
     model.config.backbone_name = model.name_or_path = model.config._name_or_path = model_args.model_name_or_path
     model.config.backbone_config._name_or_path = model_args.model_name_or_path
-    peft_config = get_peft_config(model_args) or LoraConfig(task_type="CAUSAL_LM", target_modules=[])
+    peft_config = get_peft_config(model_args) or LoraConfig(task_type="CAUSAL_LM", target_modules=DUMMY_TARGET_MODULES)
     peft_config.modules_to_save = list(model_class.memory_modules)
     peft_config.base_model_name_or_path = model_args.model_name_or_path
     if peft_config.target_modules is None:
         peft_config.target_modules = "all-linear"
-    elif model_args.use_peft is False:
-        peft_config.target_modules, peft_config.layers_to_transform = r"(?!)", None
-    peft_model = get_peft_model(model, peft_config, autocast_adapter_dtype=not sharded)
+    try:
+        peft_model = get_peft_model(model, peft_config, autocast_adapter_dtype=not sharded)
+    except ValueError as error:  # raised for names that match nothing, and for layers that LoRA does not know
+        if model_args.lora_target_modules is None:
+            raise
+        raise UsageError(
+            f"`--lora_target_modules` {model_args.lora_target_modules}: {str(error).split('. ')[0]}; name layers of "
+            f"{type(backbone).__name__}, or leave the flag out for every linear one"
+        ) from None
     dtype = getattr(torch, model_args.dtype) if sharded else torch.float32
     for parameter in peft_model.parameters():
         if parameter.requires_grad:

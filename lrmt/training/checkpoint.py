@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 import lrmt
 from lrmt.errors import UsageError
 from lrmt.models.base import LongContextModel
+from lrmt.tasks.curriculum import Curriculum
 from lrmt.training.backbone import backbone_fingerprint, load_backbone
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "config.json")
@@ -42,7 +44,11 @@ def save_adapter(model: PeftModel, directory: str | os.PathLike, tokenizer=None,
     (temporary / "README.md").write_text(_card(config))
     trained = (name for name, parameter in model.named_parameters() if parameter.requires_grad)
     adapter = f".{model.active_adapter}"  # PEFT leaves it out of the names in the file
-    audit_adapter(temporary, [name.replace(".modules_to_save", "").replace(adapter, "") for name in trained])
+    try:
+        audit_adapter(temporary, [name.replace(".modules_to_save", "").replace(adapter, "") for name in trained])
+    except RuntimeError:
+        shutil.rmtree(temporary)
+        raise
     for path in temporary.iterdir():
         os.replace(path, directory / path.name)
     temporary.rmdir()
@@ -210,8 +216,9 @@ def _what_is_broken(checkpoint: Path) -> str | None:
     return None
 
 
-def check_resumable(checkpoint: str, model: PeftModel) -> None:
-    """Raises `UsageError` if the checkpoint belongs to another backbone, memory or LoRA than `model`."""
+def check_resumable(checkpoint: str, model: PeftModel, curriculum: Curriculum) -> None:
+    """Raises `UsageError` if the checkpoint belongs to another backbone, memory, LoRA or curriculum."""
+    replace(curriculum).load_state_dict(json.loads(Path(checkpoint, POSITION_FILE).read_text()))
     saved = json.loads(Path(checkpoint, "config.json").read_text())
     mine = model.get_base_model().config.to_dict()
     for name, value in mine.items():

@@ -88,7 +88,7 @@ def train(
         eval_samples=curriculum_args.eval_samples,
     )
     if checkpoint is not None:
-        check_resumable(checkpoint, model)
+        check_resumable(checkpoint, model, curriculum)
     if trainer.is_world_process_zero():
         if checkpoint is None:  # or a later resume would take up one of another run
             for old in Path(training_args.output_dir).glob("checkpoint-*"):
@@ -116,6 +116,7 @@ def _build_task(task_args: TaskArguments, tokenizer, split: str, settings: dict,
         num_digits=task_args.num_digits,
         question_position=task_args.question_position,
         max_n_facts=task_args.max_n_facts,
+        early_facts_share=task_args.early_facts_share,
         dataset_path=task_args.dataset_name,
         dataset_config=task_args.dataset_config,
         dataset_split=task_args.dataset_train_split,
@@ -136,9 +137,11 @@ def _check_precision(model_args: ModelArguments, training_args: TrainingArgument
 def _check_output_dir(training_args: TrainingArguments, checkpoint: str | None) -> None:
     """Refuses to write over anything that this run did not make."""
     path = Path(training_args.output_dir)
-    occupied = path.exists() and (not path.is_dir() or any(path.iterdir()))
+    occupied = path.is_dir() and any(path.iterdir())
     PartialState().wait_for_everyone()  # or a fast rank's first file would stop a slow one
     resumed_here = checkpoint is not None and Path(checkpoint).resolve().parent == path.resolve()
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"`--output_dir` {path} is a file; name a folder")
     if occupied and not resumed_here and not training_args.overwrite_output_dir:
         raise UsageError(
             f"`--output_dir` {path} is not empty; name another, go on with `--resume_from_checkpoint true`, or replace what "

@@ -79,6 +79,11 @@ def test_named_targets(backbones):
     assert all("q_proj" in name or name == MEMORY for name in trainable(model))
 
 
+def test_targets_that_match_nothing(backbones):
+    with pytest.raises(UsageError, match="--lora_target_modules.*qkv.*LlamaForCausalLM"):
+        build(backbones["llama"], lora_target_modules=["qkv"])
+
+
 def test_untrained_lora_changes_nothing(backbones):
     model = build(backbones["llama"], load_in_4bit=False)
     with torch.no_grad():
