@@ -55,6 +55,7 @@ SHAPE = {  # 0.8 million parameters, the embedding tied
 }
 SLIDING_WINDOW = 256
 EMBEDDING_SCALE = 0.2  # of input embeddings and final hidden states alike: memory tokens feed the latter back in
+MAX_FEEDBACK_LENGTH = 256
 PREVIOUS_LAYER, SUBJECT_LAYER = 1, 2  # where the probes read
 LOSS_WEIGHTS = {"read": 0.3, "answer": 1.0, "subject": 0.5, "previous": 1.0, "pointer": 0.5}
 NF4 = torch.tensor(  # the 4-bit NormalFloat code, QLoRA (Dettmers et al. 2023), appendix E
@@ -154,10 +155,29 @@ def build_model(args, tokenizer):
     return model
 
 
-def compute_losses(model, probes: Probes, batch: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
-    ids, kinds, subjects, distances = batch
+@torch.no_grad()
+def feed_back(model, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Final hidden states `[B, T, d]` that predict each token, and where the prediction is right and chosen, `[B, T]`.
+
+    They are read off the second of two copies of the text, where any token can be foreseen. A model that has learnt to
+    take them in place of token embeddings can read what it has written itself.
+    """
     with torch.autocast("cpu", torch.bfloat16):
-        output = model.model(input_ids=ids, output_hidden_states=True, use_cache=False)
+        hidden = model.model(input_ids=torch.cat([ids, ids], dim=1), use_cache=False).last_hidden_state
+        hidden = hidden[:, ids.shape[1] - 1 : -1]
+        right = model.lm_head(hidden).argmax(-1) == ids
+    share = torch.rand(len(ids), 1)
+    return hidden.float(), right & (torch.rand(ids.shape) < share)
+
+
+def compute_losses(model, probes: Probes, batch: tuple[torch.Tensor, ...], feedback: bool = False) -> dict[str, torch.Tensor]:
+    ids, kinds, subjects, distances = batch
+    embeds = model.get_input_embeddings()(ids)
+    if feedback:
+        hidden, chosen = feed_back(model, ids)
+        embeds = torch.where(chosen[..., None], hidden, embeds)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model.model(inputs_embeds=embeds, output_hidden_states=True, use_cache=False)
         scored = kinds[:, 1:] > SKIP
         logits = model.lm_head(output.last_hidden_state[:, :-1][scored])
         losses = probes(model, output.hidden_states, ids, subjects, distances)
@@ -264,7 +284,8 @@ def train(args, model, corpus: Corpus, held_out: Corpus) -> dict:
         torch.manual_seed(args.seed * 1_000_003 + step)
         length = rng.choice([128] * 6 + [256] + [512])
         batch = corpus.batch(rng, args.batch_tokens // length, length, window)
-        losses = compute_losses(model, probes, batch)
+        feedback = length <= MAX_FEEDBACK_LENGTH and rng.random() < args.feedback_share
+        losses = compute_losses(model, probes, batch, feedback)
         losses = {name: losses[name] for name in weights}
         sum(weights[name] * loss for name, loss in losses.items()).backward()
         torch.nn.utils.clip_grad_norm_(others, 1.0)
@@ -350,6 +371,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch_tokens", type=int, default=4096, help="tokens per step (default: %(default)s)")
     parser.add_argument("--learning_rate", type=float, default=0.015, help="Muon's; AdamW's is a third (%(default)s)")
     parser.add_argument("--nf4_share", type=float, default=0.25, help="last share of steps in NF4 (%(default)s)")
+    parser.add_argument(
+        "--feedback_share",
+        type=float,
+        default=0.0,
+        help="share of steps that read some tokens as the final hidden states predicting them (default: %(default)s)",
+    )
     parser.add_argument(
         "--eval_steps", type=int, default=100, help="measure and checkpoint every N steps (%(default)s)"
     )

@@ -54,7 +54,10 @@ class LongContextConfig(PreTrainedConfig):
 
 @dataclasses.dataclass
 class LongContextOutput(ModelOutput):
-    """`loss` scalar; `logits` `[B, T, V]`, or `[N, V]` for the N scored positions when labels are given; `state`; `memory_norm`: RMS of the last memory."""
+    """`loss` scalar; `logits` `[B, T, V]`, or `[N, V]` for the N scored positions when labels are given; `state`.
+
+    `memory_norm` is the root-mean-square of the last memory.
+    """
 
     loss: Tensor | None = None
     logits: Tensor | None = None

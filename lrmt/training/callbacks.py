@@ -53,7 +53,7 @@ class ProgressCallback(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         self.loss = (logs or {}).get("loss", self.loss)
         if state.is_world_process_zero and logs:
-            keys = ("loss", "eval_accuracy", "eval_segments", "learning_rate", "memory_norm")
+            keys = ("loss", "eval_loss", "eval_accuracy", "eval_segments", "learning_rate", "memory_norm")
             shown = [f"{key} {logs[key]:.4g}" for key in keys if key in logs]
             if shown:
                 tqdm.write(f"step {state.global_step}: " + ", ".join(shown))

@@ -152,7 +152,7 @@ def _check_output_dir(training_args: TrainingArguments, checkpoint: str | None) 
 def _save_arguments(output_dir: str, *instances) -> None:
     """Every setting of the run, readable and usable as `--config`."""
     os.makedirs(output_dir, exist_ok=True)
-    lines = {k: v for k, v in as_dict(*instances[:-1]).items()}
+    lines = as_dict(*instances[:-1])
     training = instances[-1]
     for name in ("seed", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "warmup_steps",
                  "lr_scheduler_type", "max_grad_norm", "weight_decay", "bf16", "eval_steps", "save_steps"):  # fmt: skip
