@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from accelerate import init_empty_weights
 from peft import get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 from trl import get_peft_config
 
 from lrmt.arguments import ModelArguments, TaskArguments, TrainingArguments
@@ -30,7 +30,9 @@ def describe_plan(
     """The plan of a run as text: stages, trainable parameters, and an estimate of memory per GPU in GiB."""
     config = open_pretrained(AutoConfig.from_pretrained, model_args.model_name_or_path, revision=model_args.model_revision)
     with init_empty_weights():
-        backbone = AutoModelForCausalLM.from_config(config)
+        # the class itself: `from_config` would shard under ZeRO-3, and there are no weights to shard
+        backbone = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+        backbone.tie_weights()  # moving to the meta device has parted them
         model = model_class.from_backbone(backbone, **settings)
         peft_config = get_peft_config(replace(model_args, load_in_4bit=False)) if model_args.use_peft else None
         if peft_config is not None:

@@ -204,6 +204,12 @@ def test_resumes_with_the_recipe(sharded, backbone, tmp_path):
         assert relative_error(again[name].float(), once[name].float()) < 1e-3, name
 
 
+def test_dry_run_under_zero3(tmp_path):
+    output = launch("zero3_2cpu", "recipes/rmt_llama.py", "--dry_run", "true", "--output_dir", tmp_path / "run")
+    assert output.count("ZeRO stage 3, 2 ranks") == 1 and "every rank holds the whole backbone" in output
+    assert not (tmp_path / "run").exists()
+
+
 def test_zero2_accumulates(backbone, tmp_path):
     """In fp32 the curve of 2 ranks × 2 accumulated × 4 rows is that of 16 rows, to rounding."""
     flags = ["--curriculum_stages", "2", "--stage_max_steps", "3", "--eval_samples", "8", "--logging_steps", "1"]
