@@ -1,8 +1,12 @@
 """Long memory for pretrained LLaMA and Mistral."""
 
+import logging
 from importlib import import_module
 
 __version__ = "0.1.0"
+
+# on import bitsandbytes warns of every optional kernel that it lacks
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 _EXPORTS = {
     "RmtConfig": "lrmt.models",

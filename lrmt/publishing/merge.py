@@ -6,13 +6,16 @@ import shutil
 from pathlib import Path
 
 import torch
-from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from torch import nn
 from transformers import AutoTokenizer
+from transformers.pytorch_utils import Conv1D
 
 from lrmt.errors import UsageError
 from lrmt.training.checkpoint import load
+from lrmt.training.trainer import keep_4bit_trainable
 
 
 def merge_adapter(adapter_path: str, output_dir: str, merge_base: str = "original", dtype: str = "float32") -> dict[str, float]:
@@ -40,11 +43,14 @@ def merge_adapter(adapter_path: str, output_dir: str, merge_base: str = "origina
     config = as_trained.get_base_model().config
     length = config.segment_length
     ids = torch.randint(0, config.vocab_size, (2, 2 * length + length // 2), generator=torch.Generator().manual_seed(0))
-    trained_logits = _logits(as_trained, ids)
-    del as_trained
     model = load(adapter_path, load_in_4bit=False, dtype=dtype)
     if merge_base == "nf4_roundtrip":
-        roundtrip_nf4_(model.get_base_model().backbone)
+        packed = as_trained if config.backbone_quantization else load(adapter_path, load_in_4bit=True)
+        copy_dequantised_(model.get_base_model().backbone, packed.get_base_model().backbone)
+        del packed
+    keep_4bit_trainable(as_trained)  # or CPUs compute in bf16, whatever it was trained in
+    trained_logits = _logits(as_trained, ids)
+    del as_trained
     unmerged_logits = _logits(model, ids)
     merged = model.merge_and_unload()
     merged.config.backbone_quantization = None
@@ -63,15 +69,13 @@ def merge_adapter(adapter_path: str, output_dir: str, merge_base: str = "origina
     return gaps
 
 
-def roundtrip_nf4_(backbone: nn.Module) -> None:
-    """Replaces every linear weight but the head's by its NF4 double-quantised value, in place."""
-    head = backbone.get_output_embeddings()
-    for module in backbone.modules():
-        weight = getattr(module, "base_layer", module)
-        if isinstance(weight, nn.Linear) and weight is not head and "lora" not in type(module).__module__.split(".")[-1:]:
-            data = weight.weight.data
-            packed, state = quantize_4bit(data.contiguous(), quant_type="nf4", compress_statistics=True)
-            weight.weight.data = dequantize_4bit(packed, state).to(data)
+def copy_dequantised_(backbone: nn.Module, packed: nn.Module) -> None:
+    """Gives `backbone` the weights that its 4-bit twin `packed` computes with, in place."""
+    for name, module in packed.named_modules():
+        if isinstance(module, Linear4bit):
+            values = dequantize_4bit(module.weight.data, module.weight.quant_state)
+            target = backbone.get_submodule(name)
+            target.weight.data = (values.T if isinstance(target, Conv1D) else values).to(target.weight).contiguous()
 
 
 @torch.no_grad()

@@ -92,13 +92,13 @@ def _text_files(paths: Sequence[str | Path]) -> list[Path]:
             found = sorted(path.rglob("*.txt"))
             if not found:
                 there = ", ".join(sorted(p.name for p in path.iterdir())[:10]) or "nothing"
-                raise UsageError(f"--background {path} has no .txt file; it holds: {there}")
+                raise UsageError(f"--background_dir {path} has no .txt file; it holds: {there}")
             files.extend(found)
         elif path.is_file():
             files.append(path)
         else:
             there = ", ".join(sorted(p.name for p in path.parent.iterdir())[:10]) if path.parent.is_dir() else "nothing"
-            raise UsageError(f"--background {path} does not exist; {path.parent} holds: {there}")
+            raise UsageError(f"--background_dir {path} does not exist; {path.parent} holds: {there}")
     return files
 
 

@@ -121,6 +121,7 @@ def build_model(
         backbone_fingerprint=backbone_fingerprint(backbone),
         **settings,
     )
+    model.config.backbone_nested_quant = model_args.use_bnb_nested_quant
     # the name as the user gave it: a shipped backbone's folder is a path of this machine
     model.config.backbone_name = model.name_or_path = model.config._name_or_path = model_args.model_name_or_path
     model.config.backbone_config._name_or_path = model_args.model_name_or_path

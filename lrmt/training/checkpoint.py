@@ -123,7 +123,7 @@ def load(
         quantization_config = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=config.backbone_quantization or "nf4",
-            bnb_4bit_use_double_quant=True,
+            bnb_4bit_use_double_quant=getattr(config, "backbone_nested_quant", True),
             bnb_4bit_compute_dtype=dtype,
         )
     backbone = load_backbone(

@@ -32,7 +32,6 @@ def describe_plan(
     with init_empty_weights():
         # the class itself: `from_config` would shard under ZeRO-3, and there are no weights to shard
         backbone = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
-        backbone.tie_weights()  # moving to the meta device has parted them
         model = model_class.from_backbone(backbone, **settings)
         peft_config = get_peft_config(replace(model_args, load_in_4bit=False)) if model_args.use_peft else None
         if peft_config is not None:
@@ -41,6 +40,7 @@ def describe_plan(
             model = get_peft_model(model, peft_config)
         else:
             model.requires_grad_(False).memory_embedding.requires_grad_(True)
+    backbone.tie_weights()  # moving to the meta device had parted them
     trainable = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     memory = sum(n for name, n in trainable.items() if any(module in name for module in model_class.memory_modules))
     lora = sum(trainable.values()) - memory

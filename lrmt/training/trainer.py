@@ -70,7 +70,9 @@ class LongContextTrainer(Trainer):
     # ------------------------------------------------------------------ data
 
     def get_train_dataloader(self) -> DataLoader:
-        return DataLoader(range(self.args.max_steps * self.args.gradient_accumulation_steps), batch_size=None)
+        count = self.args.max_steps * self.args.gradient_accumulation_steps
+        # its own generator: a loader draws a seed from the global one, which a resumed run has just restored
+        return DataLoader(range(count), batch_size=None, generator=torch.Generator())
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         for _ in range(num_batches):

@@ -1,0 +1,184 @@
+"""Bad input, in one table: one line that names flag, value and remedy, exit code 2, and nothing written."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import yaml
+from transformers import CpmAntConfig, CpmAntForCausalLM
+
+from lrmt import cli
+from lrmt.errors import exit_on_usage_error
+from lrmt.publishing.merge import merge_adapter
+
+
+@pytest.fixture(scope="module")
+def world(backbones, trained, tmp_path_factory):
+    """A folder of everything that can be wrong; the rows name its parts."""
+    world = tmp_path_factory.mktemp("world")
+    trainer, run = trained
+    (world / "empty_folder").mkdir()
+    (world / "full").mkdir()
+    (world / "full" / "mine.txt").write_text("mine")
+    row = {"input": "The mill stood idle.", "question": "Where is it?", "target": "here"}
+    (world / "empty.jsonl").write_text("")
+    (world / "rows.csv").write_text("input,question,target\n")
+    (world / "column.jsonl").write_text(json.dumps({k: v for k, v in row.items() if k != "target"}) + "\n")
+    (world / "blank.jsonl").write_text(json.dumps(row | {"target": " "}) + "\n")
+    (world / "cut.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row)[:-9])
+    (world / "long.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [row, row | {"question": "Who? " * 60}, row]))
+    (world / "broken.yaml").write_text("segment_length: [1,\n")
+    (world / "unknown.yaml").write_text("segment_lenght: 80\n")
+    (world / "type.yaml").write_text("segment_length: long\n")
+    (world / "babi").mkdir()
+    (world / "babi" / "qa1_train.txt").write_text("1 Mary moved to the bathroom.\n2 Where is Mary? \tbathroom\t1\n")
+    tokenizer = trainer.processing_class
+    cpm = CpmAntConfig(vocab_size=1100, hidden_size=32, num_attention_heads=2, dim_head=16, dim_ff=32, num_hidden_layers=1)
+    CpmAntForCausalLM(cpm).save_pretrained(world / "no_embeds")
+    tokenizer.save_pretrained(world / "no_embeds")
+    shutil.copytree(run, world / "run")
+    shutil.copytree(run / "checkpoint-6", world / "run" / "checkpoint-7")
+    (world / "run" / "checkpoint-7" / "curriculum.json").unlink()
+    keep = shutil.ignore_patterns("checkpoint-*")
+    shutil.copytree(run, world / "foreign", ignore=keep)
+    config = json.loads((run / "config.json").read_text()) | {"backbone_name": str(backbones["mistral"])}
+    (world / "foreign" / "config.json").write_text(json.dumps(config))
+    shutil.copytree(run, world / "half", ignore=keep)
+    (world / "half" / "adapter_model.safetensors").unlink()
+    shutil.copytree(run, world / "cut", ignore=keep)
+    (world / "cut" / "adapter_model.safetensors").write_bytes(b"\x00" * 50)
+    merge_adapter(str(world / "run"), str(world / "merged"))
+    return world
+
+
+TRAIN = [  # command line, what the line says: flag, value, remedy
+    ("--segment_lenght 80", ["unknown flag", "--segment_lenght", "did you mean `--segment_length`"]),
+    ("--config unknown.yaml", ["unknown key in unknown.yaml", "segment_lenght", "did you mean `segment_length`"]),
+    ("--config type.yaml", ["segment_length", "type.yaml", "'long'", "--help"]),
+    ("--config broken.yaml", ["--config", "broken.yaml", "not YAML"]),
+    ("--config nowhere.yaml", ["--config", "nowhere.yaml", "broken.yaml"]),
+    ("--segment_length long", ["--segment_length", "'long'", "int"]),
+    ("--segment_length 16 --num_memory_tokens 8", ["--segment_length", "2 × `--num_memory_tokens`", "16 and 8", "17 or more"]),
+    ("--segment_length 250", ["--segment_length", "window of 256", "250 and 4", "248 or less"]),
+    ("--num_memory_tokens -1", ["--num_memory_tokens", "-1", "16"]),
+    ("--bptt_segments 0", ["--bptt_segments", "0", "1 or more"]),
+    ("--segment_alignment middle", ["--segment_alignment", "middle", "left or right"]),
+    ("--segment_length 20", ["20 tokens", "or more"]),
+    ("--model_name_or_path no_embeds --load_in_4bit false --attn_implementation eager", ["--model_name_or_path", "CpmAnt", "inputs_embeds", "LLaMA"]),
+    ("--model_name_or_path ./nowhere", ["--model_name_or_path", "./nowhere", "tiny-llama"]),
+    ("--model_name_or_path empty_folder", ["--model_name_or_path", "empty_folder", "no config.json"]),
+    ("--model_name_or_path full", ["--model_name_or_path", "full", "found: mine.txt"]),
+    ("--model_name_or_path some/model", ["--model_name_or_path", "some/model"]),
+    ("--lora_target_modules qkv", ["--lora_target_modules", "qkv", "LlamaForCausalLM"]),
+    ("--load_in_8bit true", ["--load_in_8bit", "True", "--load_in_4bit"]),
+    ("--dtype int8", ["--dtype", "int8", "bfloat16"]),
+    ("--task passkeys", ["--task", "passkeys", "did you mean passkey"]),
+    ("--task qa7", ["qa7", "--babi_dir"]),
+    ("--task qa1 --babi_dir nowhere", ["--babi_dir", "nowhere", "not a folder"]),
+    ("--task qa1 --babi_dir empty_folder", ["--babi_dir", "empty_folder", "qa1_train.txt"]),
+    ("--task qa2 --babi_dir babi", ["--babi_dir", "babi", "qa2_train.txt", "it holds: qa1_train.txt"]),
+    ("--task qa1 --background_dir empty_folder", ["--background_dir", "empty_folder", ".txt"]),
+    ("--task qa1 --question_position middle", ["--question_position", "middle", "last, first, both"]),
+    ("--task qa1 --max_n_facts 0", ["--max_n_facts", "0", "1 or more"]),
+    ("--num_digits 0", ["--num_digits", "0"]),
+    ("--task dataset", ["--task dataset", "--dataset_name"]),
+    ("--dataset_name nowhere.jsonl", ["--dataset_name", "nowhere.jsonl", "does not exist", "empty.jsonl"]),
+    ("--dataset_name rows.csv", ["--dataset_name", "rows.csv", ".jsonl"]),
+    ("--dataset_name empty.jsonl", ["empty.jsonl", "no rows", "input, question, target"]),
+    ("--dataset_name column.jsonl", ["column.jsonl row 1", "'target'", "found: input, question"]),
+    ("--dataset_name blank.jsonl", ["blank.jsonl row 1", "'target'", "fill it in"]),
+    ("--dataset_name cut.jsonl", ["cut.jsonl:2", "not JSON"]),
+    ("--dataset_name long.jsonl", ["--segment_length", "80", "long.jsonl row 2", "raise it"]),
+    ("--curriculum_stages 2 1", ["--curriculum_stages", "[2, 1]", "Sort"]),
+    ("--curriculum_stages 0", ["--curriculum_stages", "[0]", "1 or more"]),
+    ("--stage_max_steps 1 2 3", ["--stage_max_steps", "[1, 2, 3]", "2 stages"]),
+    ("--promotion_accuracy 95", ["--promotion_accuracy", "95", "(0, 1]"]),
+    ("--eval_samples 0", ["--eval_samples", "0", "1 or more"]),
+    ("--per_device_train_batch_size 0", ["--per_device_train_batch_size", "0", "1 or more"]),
+    ("--gradient_accumulation_steps 0", ["--gradient_accumulation_steps", "0", "1 or more"]),
+    ("--eval_steps 0", ["--eval_steps", "0", "1 or more"]),
+    ("--output_dir full", ["--output_dir", "full", "not empty", "--overwrite_output_dir"]),
+    ("--output_dir full/mine.txt", ["--output_dir", "full/mine.txt", "name a folder"]),
+    ("--resume_from_checkpoint true", ["--resume_from_checkpoint", "no whole checkpoint", "start without"]),
+    ("--output_dir full --resume_from_checkpoint true", ["--resume_from_checkpoint", "full holds no whole checkpoint"]),
+    ("--output_dir run --resume_from_checkpoint run/checkpoint-9", ["run/checkpoint-9", "no such folder", "checkpoint-6"]),
+    ("--output_dir run --resume_from_checkpoint run/checkpoint-7", ["run/checkpoint-7", "half-written", "curriculum.json", "say true"]),
+    ("--output_dir full --resume_from_checkpoint run/checkpoint-6", ["--output_dir", "full", "not empty"]),
+    ("--output_dir run --resume_from_checkpoint true --lora_r 3", ["--resume_from_checkpoint", "`--lora_r` 3"]),
+    ("--output_dir run --resume_from_checkpoint true --curriculum_stages 1", ["--resume_from_checkpoint", "stages", "same curriculum"]),
+    ("--output_dir run --resume_from_checkpoint true --model_name_or_path MISTRAL", ["another backbone", "--model_name_or_path"]),
+    ("--dry_run --model_name_or_path ./nowhere", ["--model_name_or_path", "./nowhere"]),
+    ("--dry_run --segment_length 250", ["--segment_length", "window of 256"]),
+]  # fmt: skip
+LRMT = [
+    ("evaluate --adapter_path nowhere --task passkey", ["--adapter_path", "nowhere"]),
+    ("evaluate --adapter_path foreign --task passkey --lengths 1", ["--adapter_path", "foreign", "another backbone", "name that one"]),
+    ("evaluate --adapter_path half --task passkey --lengths 1", ["--adapter_path", "half", "adapter_model.safetensors"]),
+    ("evaluate --adapter_path cut --task passkey --lengths 1", ["--adapter_path", "cut"]),
+    ("evaluate --adapter_path run --task passkeys", ["--task", "did you mean passkey"]),
+    ("evaluate --adapter_path run --task passkey --lengths none", ["--lengths", "none"]),
+    ("evaluate --adapter_path run --task passkey --lengths 0", ["--lengths", "0"]),
+    ("evaluate --adapter_path run --dataset_name long.jsonl", ["--segment_length", "long.jsonl row 2"]),
+    ("evaluate --adapter_path run --dataset_name column.jsonl", ["column.jsonl row 1", "'target'"]),
+    ("merge --adapter_path nowhere --output_dir new", ["--adapter_path", "nowhere", "no such folder"]),
+    ("merge --adapter_path empty_folder --output_dir new", ["--adapter_path", "empty_folder", "missing"]),
+    ("merge --adapter_path half --output_dir new", ["--adapter_path", "half", "adapter_model.safetensors missing"]),
+    ("merge --adapter_path cut --output_dir new", ["--adapter_path", "cut"]),
+    ("merge --adapter_path foreign --output_dir new", ["--adapter_path", "another backbone"]),
+    ("merge --adapter_path merged --output_dir new", ["--adapter_path", "merged", "merged checkpoint already", "name an adapter"]),
+    ("merge --adapter_path run --output_dir full", ["--output_dir", "full", "not empty", "another"]),
+    ("merge --adapter_path run --output_dir new --merge_base int4", ["--merge_base", "int4", "nf4_roundtrip"]),
+]  # fmt: skip
+
+
+def snapshot(folder):
+    return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*") if path.is_file()} | {
+        path: None for path in folder.rglob("*") if path.is_dir()
+    }
+
+
+def check(world, capfd, call, expected):
+    before = snapshot(world)
+    try:
+        with pytest.raises(SystemExit) as stop:
+            call()
+    finally:
+        after = snapshot(world)
+        shutil.rmtree(world / "new", ignore_errors=True)  # or one failure is many
+    error = capfd.readouterr().err.rstrip("\n").split("\n")
+    assert stop.value.code == 2, error
+    assert error[-1].startswith("lrmt: error: "), error
+    assert [line for line in error if "lrmt:" in line] == error[-1:]
+    for text in expected:
+        assert text in error[-1]
+    assert after == before
+
+
+@pytest.mark.parametrize(("command", "expected"), TRAIN, ids=[command for command, _ in TRAIN])
+def test_training(world, backbones, run_recipe, small_flags, monkeypatch, capfd, command, expected):
+    monkeypatch.chdir(world)
+    flags = [*small_flags, "--save_steps", "3", "--model_name_or_path", backbones["llama"], "--output_dir", "new"]
+    flags += [str(backbones["mistral"]) if flag == "MISTRAL" else flag for flag in command.split()]
+
+    def call():
+        with exit_on_usage_error():
+            run_recipe("rmt_llama", *flags)
+
+    check(world, capfd, call, expected)
+
+
+@pytest.mark.parametrize(("command", "expected"), LRMT, ids=[command for command, _ in LRMT])
+def test_lrmt(world, monkeypatch, capfd, command, expected):
+    monkeypatch.chdir(world)
+    check(world, capfd, lambda: cli.main(command.split()), expected)
+
+
+def test_the_row_that_is_right_trains(world, backbones, run_recipe, small_flags, tmp_path, monkeypatch):
+    """The table's own flags are good: what fails is each row's mistake."""
+    monkeypatch.chdir(world)
+    flags = ["--curriculum_stages", "1", "--stage_max_steps", "1", "--output_dir", tmp_path / "new"]
+    run_recipe("rmt_llama", *small_flags, "--model_name_or_path", backbones["llama"], *flags)
+    arguments = yaml.safe_load((tmp_path / "new" / "arguments.yaml").read_text())
+    assert arguments["segment_length"] == 80
+    assert torch.is_tensor(torch.load(tmp_path / "new" / "checkpoint-1" / "rng_state.pth", weights_only=False)["cpu"])

@@ -1,0 +1,186 @@
+"""`kill -9` in the middle of a stage, then resume: the run is the one that was never interrupted."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lrmt.errors import UsageError
+from lrmt.training.trainer import LongContextTrainer
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+RECIPE = [sys.executable, str(ROOT / "recipes" / "rmt_llama.py")]
+STAGE_STEPS, KILLED_AT = (6, 12), 12
+
+
+def history(checkpoint: Path) -> list[dict]:
+    """Everything logged, but how long it took."""
+    log = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+    timings = ("runtime", "per_second", "flos", "epoch")
+    return [{k: v for k, v in entry.items() if not any(t in k for t in timings)} for entry in log]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def flags(backbones, small_flags):
+    """NF4, bf16, and LoRA dropout, whose random numbers a resumed run must draw alike."""
+    return [
+        *small_flags, "--model_name_or_path", str(backbones["llama"]), "--lora_dropout", "0.2", "--learning_rate", "3e-3",
+        "--curriculum_stages", "1", "2", "--stage_max_steps", *map(str, STAGE_STEPS), "--eval_steps", "5", "--save_steps", "4",
+        "--gradient_accumulation_steps", "2", "--per_device_train_batch_size", "2",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def killed(flags, tmp_path_factory):
+    """The folder of a run killed in stage 2, and a copy of it from before anything went on."""
+    folder = tmp_path_factory.mktemp("killed") / "run"
+    with subprocess.Popen(
+        [*RECIPE, *flags, "--output_dir", folder], env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
+        deadline = time.monotonic() + 240
+        while not (folder / f"checkpoint-{KILLED_AT}" / "curriculum.json").exists():
+            if process.poll() is not None or time.monotonic() > deadline:
+                process.kill()
+                pytest.fail(f"no checkpoint {KILLED_AT}: {process.stderr.read()[-3000:]}")
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert process.returncode == -signal.SIGKILL
+    assert not (folder / "adapter_model.safetensors").exists()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(flags, tmp_path_factory):
+    """The folder of the same run, never interrupted."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    subprocess.run([*RECIPE, *flags, "--output_dir", folder], env=ENVIRONMENT, check=True, capture_output=True)
+    return folder
+
+
+def test_killed_and_resumed_equals_uninterrupted(killed, whole, flags):
+    position = json.loads((killed / f"checkpoint-{KILLED_AT}" / "curriculum.json").read_text())
+    assert (position["stage"], position["stage_step"]) == (1, KILLED_AT - STAGE_STEPS[0])
+    # the newest checkpoint is one that was cut off while it was written
+    for later in killed.glob("checkpoint-*"):
+        if int(later.name.split("-")[1]) > KILLED_AT:
+            shutil.rmtree(later)
+    cut = killed / f"checkpoint-{KILLED_AT + 1}"
+    shutil.copytree(killed / f"checkpoint-{KILLED_AT}", cut)
+    (cut / "curriculum.json").unlink()
+    (cut / "optimizer.pt").write_bytes((cut / "optimizer.pt").read_bytes()[:100])
+
+    by_name = [*RECIPE, *flags, "--output_dir", killed, "--resume_from_checkpoint", cut]
+    refused = subprocess.run(by_name, env=ENVIRONMENT, capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("lrmt: error: `--resume_from_checkpoint`") and refused.stderr.count("\n") == 1
+    assert "half-written, curriculum.json is missing" in refused.stderr
+
+    resumed = [*RECIPE, *flags, "--output_dir", killed, "--resume_from_checkpoint", "true"]
+    output = subprocess.run(resumed, env=ENVIRONMENT, check=True, capture_output=True, text=True).stdout
+    assert "stage 2 of 2" in output and "stage 1 of 2" not in output
+
+    last = f"checkpoint-{sum(STAGE_STEPS)}"
+    got, want = history(killed / last), history(whole / last)
+    assert [e["step"] for e in want if "loss" in e] == list(range(1, sum(STAGE_STEPS) + 1))
+    assert got == want  # every loss, gradient norm, memory norm, learning rate and accuracy, to the last bit
+    losses = [e["loss"] for e in want if "loss" in e]
+    assert len(set(losses)) == len(losses)
+    assert weights(killed).keys() == weights(whole).keys()
+    for name, tensor in weights(whole).items():
+        assert torch.equal(weights(killed)[name], tensor), name
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stop", [5, 6, 7], ids=["before a promotion", "at a promotion", "after a promotion"])
+def test_resumed_run_draws_the_same_samples(train_small, fp32_flags, tmp_path, monkeypatch, stop):
+    """Also when the checkpoint was written in the very step that ended a stage."""
+    drawn, limit = [], [None]
+    draw = LongContextTrainer._draw
+
+    def noting(self, task, number, rows, length):
+        if task is self.train_task:
+            if self.state.global_step == limit[0]:
+                raise Interrupted
+            drawn.append((self.state.global_step, number, rows, length))
+        return draw(self, task, number, rows, length)
+
+    monkeypatch.setattr(LongContextTrainer, "_draw", noting)
+    flags = [*fp32_flags, "--stage_max_steps", "6", "3", "--lora_dropout", "0.2", "--save_steps", "1", "--warmup_steps", "2"]
+    whole = train_small(*flags, "--output_dir", tmp_path / "whole")
+    in_one_go, drawn[:] = list(drawn), []
+    limit[0] = stop
+    with pytest.raises(Interrupted):
+        train_small(*flags, "--output_dir", tmp_path / "cut")
+    limit[0] = None
+    resumed = train_small(*flags, "--output_dir", tmp_path / "cut", "--resume_from_checkpoint", "true")
+    assert drawn == in_one_go
+    keys = ("step", "loss", "grad_norm", "learning_rate", "eval_accuracy", "eval_loss")
+    got, want = ([{k: e[k] for k in keys if k in e} for e in t.state.log_history] for t in (resumed, whole))
+    assert got == want
+    assert resumed.curriculum == whole.curriculum
+
+
+def test_finished_run_has_nothing_to_resume(train_small, fp32_flags, tmp_path, monkeypatch):
+    """Promotions by accuracy leave steps of the limit unused: they are not made up for."""
+    from lrmt.training import trainer as module
+
+    monkeypatch.setattr(module, "exact_matches", lambda logits, labels: torch.ones(len(labels), dtype=torch.bool))
+    flags = [*fp32_flags, "--stage_max_steps", "6", "--eval_steps", "2", "--output_dir", tmp_path / "run"]
+    train_small(*flags)
+    before = weights(tmp_path / "run")
+    (tmp_path / "run" / "adapter_model.safetensors").unlink()
+    trainer = train_small(*flags, "--resume_from_checkpoint", "true")
+    assert trainer.state.global_step == 4
+    after = weights(tmp_path / "run")
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (["--curriculum_stages", "1", "3"], "trained with stages = .1, 2., this run has .1, 3."),
+        (["--seed", "5"], "trained with seed = 0"),
+        (["--num_memory_tokens", "5"], "trained with num_memory_tokens 4; got `--num_memory_tokens` 5"),
+        (["--segment_length", "90"], "trained with segment_length 80; got `--segment_length` 90"),
+        (["--lora_r", "3"], "trained with lora_r 4; got `--lora_r` 3"),
+        (["--model_name_or_path", "MISTRAL"], "trained on another backbone .*llama.* than `--model_name_or_path` .*mistral"),
+    ],
+)
+def test_checkpoint_of_another_run_is_refused(trained, train_small, backbones, changed, message):
+    _, folder = trained
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    changed = [str(backbones["mistral"]) if flag == "MISTRAL" else flag for flag in changed]
+    with pytest.raises(UsageError, match=message):
+        train_small("--save_steps", "3", "--output_dir", folder, "--resume_from_checkpoint", "true", *changed)
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_overwriting_begins_without_old_checkpoints(train_small, fp32_flags, tmp_path):
+    flags = [*fp32_flags, "--save_steps", "1", "--save_total_limit", "20", "--output_dir", tmp_path / "run"]
+    train_small(*flags, "--stage_max_steps", "3")
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match="not empty"):
+        train_small(*flags, "--stage_max_steps", "2")
+    with pytest.raises(UsageError):  # a check that fails late: nothing is gone
+        train_small(*flags, "--overwrite_output_dir", "--segment_length", "8")
+    assert len(list((tmp_path / "run").glob("checkpoint-*"))) == 6
+    train_small(*flags, "--stage_max_steps", "2", "--overwrite_output_dir")
+    assert {p.name for p in (tmp_path / "run").glob("checkpoint-*")} == {f"checkpoint-{n}" for n in range(1, 5)}
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
