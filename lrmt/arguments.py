@@ -190,16 +190,12 @@ def parse_arguments(*dataclass_types, default_config: str | os.PathLike, descrip
     )
     parser.add_argument("--config", help=f"YAML file of any of these keys; default: {os.path.basename(default_config)}")
     args = list(sys.argv[1:] if args is None else args)
+    args = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
     config_path = str(default_config)
-    for position, arg in enumerate(args):
-        if arg == "--config" and position + 1 < len(args):
-            config_path = args[position + 1]
-            del args[position : position + 2]
-            break
-        if arg.startswith("--config="):
-            config_path = arg.split("=", 1)[1]
-            del args[position]
-            break
+    while "--config" in args[:-1]:  # the last one wins, as with any flag
+        position = args.index("--config")
+        config_path = args[position + 1]
+        del args[position : position + 2]
     parser.set_defaults_with_config(**_read_config(config_path, parser))
     try:
         return tuple(parser.parse_args_into_dataclasses(args=args)[: len(dataclass_types)])

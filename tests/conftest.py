@@ -17,14 +17,8 @@ SHAPE = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
     "max_position_embeddings": 256, "bos_token_id": None,
 }  # fmt: skip
-#: small steps, no progress bar; a test's own flags come after them and win
-SMALL = (
-    "--num_memory_tokens 4 --segment_length 80 --num_digits 2 --lora_r 4 --curriculum_stages 1 2 --stage_max_steps 4 "
-    "--promotion_accuracy 1.0 --per_device_train_batch_size 4 --per_device_eval_batch_size 4 --eval_samples 4 --eval_steps 100 "
-    "--logging_steps 1 --save_steps 100 --warmup_steps 0 --lr_scheduler_type linear "
-    "--attn_implementation sdpa --disable_tqdm true"
-).split()
-FP32 = "--load_in_4bit false --dtype float32 --bf16 false".split()
+SMALL = ["--config", str(ROOT / "tests" / "small.yaml")]
+FP32 = ["--load_in_4bit", "false", "--dtype", "float32", "--bf16", "false"]
 
 
 def _configs(vocab_size: int, eos_token_id: int) -> dict:

@@ -53,6 +53,8 @@ def test_config_flag_takes_either_form(parse, tmp_path):
     (tmp_path / "a.yaml").write_text("segment_length: 77")
     for flags in (["--config", str(tmp_path / "a.yaml")], [f"--config={tmp_path / 'a.yaml'}"]):
         assert parse(*flags)[2].segment_length == 77
+    (tmp_path / "b.yaml").write_text("segment_length: 78")
+    assert parse(*flags, "--config", str(tmp_path / "b.yaml"))[2].segment_length == 78  # the last wins
 
 
 def test_a_dataset_is_its_own_task(parse):

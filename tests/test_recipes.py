@@ -81,12 +81,6 @@ def test_published_settings(path):
     assert "qa4" in path.read_text()
 
 
-def test_tiny_configs_hold_the_same_keys():
-    one, other = (yaml.safe_load((ROOT / f"recipes/configs/rmt_tiny_{n}.yaml").read_text()) for n in ("llama", "mistral"))
-    assert one.keys() == other.keys()
-    assert (one["model_name_or_path"], other["model_name_or_path"]) == ("tiny-llama", "tiny-mistral")
-
-
 @pytest.mark.parametrize("path", RECIPES, **by_name)
 def test_recipe_is_short_and_launches_what_exists(path):
     text = path.read_text()

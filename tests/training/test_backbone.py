@@ -8,7 +8,13 @@ from transformers import AutoModelForCausalLM
 from lrmt.arguments import ModelArguments
 from lrmt.errors import UsageError
 from lrmt.models import RmtForCausalLM
-from lrmt.training.backbone import backbone_fingerprint, build_model, load_tokenizer, resolve_backbone, shipped_backbones
+from lrmt.training.backbone import (
+    backbone_fingerprint,
+    build_model,
+    load_tokenizer,
+    resolve_backbone,
+    shipped_backbones,
+)
 
 SETTINGS = {"num_memory_tokens": 3, "segment_length": 16}
 MEMORY = "base_model.model.memory_embedding.modules_to_save.default.weight"

@@ -73,7 +73,7 @@ def test_stage_decides_the_length(train_small, fp32_flags, watch, monkeypatch):
         "_draw",
         lambda self, task, number, rows, length: seen.append((task.split, length)) or draw(self, task, number, rows, length),
     )
-    flags = "--curriculum_stages 1 3 --stage_max_steps 2 3 --vary_lengths false".split()
+    flags = ["--curriculum_stages", "1", "3", "--stage_max_steps", "2", "3", "--vary_lengths", "false"]
     trainer = train_small(*fp32_flags, *flags)
     train, held_out = ([n // 80 for split, n in seen if split == name] for name in ("train", "validation"))
     assert train == [1, 1, 3, 3, 3]
