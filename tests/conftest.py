@@ -88,7 +88,14 @@ def train_small(backbones, tmp_path_factory):
     from lrmt.training.run import train
 
     def run(*flags):
-        flags = ["--model_name_or_path", backbones["llama"], "--output_dir", tmp_path_factory.mktemp("runs") / "run", *SMALL, *flags]
+        flags = [
+            "--model_name_or_path",
+            backbones["llama"],
+            "--output_dir",
+            tmp_path_factory.mktemp("runs") / "run",
+            *SMALL,
+            *flags,
+        ]
         model, task, rmt, curriculum, training = parse_arguments(
             ModelArguments, TaskArguments, RmtArguments, CurriculumArguments, TrainingArguments,
             default_config=ROOT / "recipes" / "configs" / "rmt_tiny_llama.yaml", description="", args=list(map(str, flags)),

@@ -70,7 +70,9 @@ def test_every_field_of_ours_is_documented_and_rmt_fields_are_the_configs():
             if field.name in own:
                 assert field.metadata.get("help"), f"{arguments.__name__}.{field.name}"
     config = RmtConfig()
-    assert {f.name: f.default for f in dataclasses.fields(RmtArguments)} == {n: getattr(config, n) for n in as_dict(RmtArguments())}
+    assert {f.name: f.default for f in dataclasses.fields(RmtArguments)} == {
+        n: getattr(config, n) for n in as_dict(RmtArguments())
+    }
 
 
 def test_no_key_means_two_things():

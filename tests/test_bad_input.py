@@ -27,14 +27,18 @@ def world(backbones, trained, tmp_path_factory):
     (world / "column.jsonl").write_text(json.dumps({k: v for k, v in row.items() if k != "target"}) + "\n")
     (world / "blank.jsonl").write_text(json.dumps(row | {"target": " "}) + "\n")
     (world / "cut.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row)[:-9])
-    (world / "long.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [row, row | {"question": "Who? " * 60}, row]))
+    (world / "long.jsonl").write_text(
+        "".join(json.dumps(r) + "\n" for r in [row, row | {"question": "Who? " * 60}, row])
+    )
     (world / "broken.yaml").write_text("segment_length: [1,\n")
     (world / "unknown.yaml").write_text("segment_lenght: 80\n")
     (world / "type.yaml").write_text("segment_length: long\n")
     (world / "babi").mkdir()
     (world / "babi" / "qa1_train.txt").write_text("1 Mary moved to the bathroom.\n2 Where is Mary? \tbathroom\t1\n")
     tokenizer = trainer.processing_class
-    cpm = CpmAntConfig(vocab_size=1100, hidden_size=32, num_attention_heads=2, dim_head=16, dim_ff=32, num_hidden_layers=1)
+    cpm = CpmAntConfig(
+        vocab_size=1100, hidden_size=32, num_attention_heads=2, dim_head=16, dim_ff=32, num_hidden_layers=1
+    )
     CpmAntForCausalLM(cpm).save_pretrained(world / "no_embeds")
     tokenizer.save_pretrained(world / "no_embeds")
     shutil.copytree(run, world / "run")

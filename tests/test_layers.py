@@ -35,7 +35,9 @@ def test_contract_can_break(tmp_path):
     assert done.returncode == 1 and "lrmt.models -> lrmt.tasks" in done.stdout, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("flags", [["--help"], ["evaluate", "--help"], ["merge", "--help"], ["merge", "--adaptor_path", "x"]])
+@pytest.mark.parametrize(
+    "flags", [["--help"], ["evaluate", "--help"], ["merge", "--help"], ["merge", "--adaptor_path", "x"]]
+)
 def test_help_and_mistakes_import_nothing_heavy(flags):
     code = (
         "import sys\nfrom lrmt.cli import main\n"

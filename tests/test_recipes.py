@@ -112,7 +112,9 @@ def plan_of(out: str) -> dict:
 
 @pytest.mark.parametrize("flags", [[], ["--use_peft", "false"], ["--load_in_4bit", "false", "--lora_r", "7"]])
 @pytest.mark.parametrize("recipe", ["rmt_llama", "rmt_mistral"])
-def test_dry_run_counts_what_trains_and_writes_nothing(run_recipe, small_flags, recipe, flags, tmp_path, monkeypatch, capsys):
+def test_dry_run_counts_what_trains_and_writes_nothing(
+    run_recipe, small_flags, recipe, flags, tmp_path, monkeypatch, capsys
+):
     from lrmt.models import RmtForCausalLM
     from lrmt.training.backbone import build_model
 

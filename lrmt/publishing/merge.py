@@ -18,7 +18,9 @@ from lrmt.training.checkpoint import load
 from lrmt.training.trainer import keep_4bit_trainable
 
 
-def merge_adapter(adapter_path: str, output_dir: str, merge_base: str = "original", dtype: str = "float32") -> dict[str, float]:
+def merge_adapter(
+    adapter_path: str, output_dir: str, merge_base: str = "original", dtype: str = "float32"
+) -> dict[str, float]:
     """Writes a checkpoint that `lrmt.load` opens without PEFT, and measures what merging changed.
 
     Args:

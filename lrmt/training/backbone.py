@@ -33,7 +33,9 @@ def resolve_backbone(name: str) -> str:
         raise UsageError(f"`--model_name_or_path` {name}: no config.json there (found: {there or 'nothing'})")
     if not path.exists() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
         shipped = ", ".join(shipped_backbones())
-        raise UsageError(f"`--model_name_or_path` {name}: no such folder, nor a backbone that ships with lrmt ({shipped})")
+        raise UsageError(
+            f"`--model_name_or_path` {name}: no such folder, nor a backbone that ships with lrmt ({shipped})"
+        )
     return name
 
 
@@ -51,7 +53,9 @@ def load_tokenizer(name: str, revision: str | None = None):
     """The backbone's tokenizer, with a padding token."""
     tokenizer = open_pretrained(AutoTokenizer.from_pretrained, name, revision=revision)
     if tokenizer.eos_token_id is None:
-        raise UsageError(f"`--model_name_or_path` {name}: its tokenizer has no end-of-sequence token, which answers end in")
+        raise UsageError(
+            f"`--model_name_or_path` {name}: its tokenizer has no end-of-sequence token, which answers end in"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -25,7 +25,9 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "config.jso
 POSITION_FILE = "curriculum.json"
 
 
-def save_adapter(model: PeftModel, directory: str | os.PathLike, tokenizer=None, state_dict: dict | None = None) -> None:
+def save_adapter(
+    model: PeftModel, directory: str | os.PathLike, tokenizer=None, state_dict: dict | None = None
+) -> None:
     """Writes a PEFT adapter, the wrapper's `config.json`, the tokenizer and a card; audits them before they take their place.
 
     Args:
@@ -80,7 +82,7 @@ def _card(config) -> str:
         + (f"base_model: {backbone}\n" if backbone.count("/") == 1 and not Path(backbone).exists() else "")
         + f"tags:\n- {config.model_type}\n- long-context\n---\n\n# {config.model_type} adapter\n\n"
         f"A long-memory adapter (LoRA and memory embeddings) for `{Path(backbone).name}`{quantised}, trained with lrmt "
-        f"{lrmt.__version__}.\n\n```python\nimport lrmt\n\nmodel = lrmt.load(\"path/to/this/folder\")\n```\n"
+        f'{lrmt.__version__}.\n\n```python\nimport lrmt\n\nmodel = lrmt.load("path/to/this/folder")\n```\n'
     )
 
 
@@ -102,7 +104,11 @@ def load(
         UsageError: nothing there, a half-written folder, or an adapter of another backbone.
     """
     path = Path(path_or_hub_id)
-    if not path.exists() and str(path_or_hub_id).count("/") == 1 and not str(path_or_hub_id).startswith((".", "/", "~")):
+    if (
+        not path.exists()
+        and str(path_or_hub_id).count("/") == 1
+        and not str(path_or_hub_id).startswith((".", "/", "~"))
+    ):
         path = _download(str(path_or_hub_id))
     if not path.is_dir():
         parent = path.parent if path.parent.is_dir() else Path(".")
@@ -153,7 +159,9 @@ def _read_config(path: Path):
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"`--adapter_path` {path}: config.json cannot be read ({str(error).splitlines()[0]})") from None
+        raise UsageError(
+            f"`--adapter_path` {path}: config.json cannot be read ({str(error).splitlines()[0]})"
+        ) from None
     if not hasattr(config, "backbone_config"):
         raise UsageError(f"`--adapter_path` {path}: its config.json is not of an lrmt model but of {config.model_type}")
     return config
@@ -161,7 +169,9 @@ def _read_config(path: Path):
 
 def _load_merged(path: Path, load_in_4bit: bool | None, dtype) -> LongContextModel:
     if load_in_4bit:
-        raise UsageError(f"`--load_in_4bit`: {path} is a merged checkpoint, which is opened as saved; leave the flag out")
+        raise UsageError(
+            f"`--load_in_4bit`: {path} is a merged checkpoint, which is opened as saved; leave the flag out"
+        )
     _read_config(path)
     try:
         return AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto").eval()
@@ -175,7 +185,9 @@ def _download(hub_id: str) -> Path:
     try:
         return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "tokenizer*", "*.md"]))
     except Exception as error:
-        raise UsageError(f"`--adapter_path` {hub_id}: no such folder, and the Hub says: {str(error).splitlines()[0]}") from None
+        raise UsageError(
+            f"`--adapter_path` {hub_id}: no such folder, and the Hub says: {str(error).splitlines()[0]}"
+        ) from None
 
 
 def find_checkpoint(output_dir: str | os.PathLike, wanted: str | bool | None) -> str | None:
@@ -187,17 +199,25 @@ def find_checkpoint(output_dir: str | os.PathLike, wanted: str | bool | None) ->
     if wanted in (None, False, "", "false", "False"):
         return None
     if wanted in (True, "true", "True", "last"):
-        steps = {int(p.name.split("-")[1]): p for p in Path(output_dir).glob("checkpoint-*") if p.name.split("-")[1].isdigit()}
+        steps = {
+            int(p.name.split("-")[1]): p
+            for p in Path(output_dir).glob("checkpoint-*")
+            if p.name.split("-")[1].isdigit()
+        }
         whole = [path for _, path in sorted(steps.items()) if _what_is_broken(path) is None]
         if not whole:
-            raise UsageError(f"`--resume_from_checkpoint`: {output_dir} holds no whole checkpoint; start without the flag")
+            raise UsageError(
+                f"`--resume_from_checkpoint`: {output_dir} holds no whole checkpoint; start without the flag"
+            )
         return str(whole[-1])
     path = Path(wanted)
     if not path.is_dir():
         there = ", ".join(sorted(p.name for p in Path(output_dir).glob("checkpoint-*"))) or "no checkpoints"
         raise UsageError(f"`--resume_from_checkpoint` {wanted}: no such folder ({output_dir} holds {there})")
     if broken := _what_is_broken(path):
-        raise UsageError(f"`--resume_from_checkpoint` {wanted}: half-written, {broken}; name an earlier one, or say true")
+        raise UsageError(
+            f"`--resume_from_checkpoint` {wanted}: half-written, {broken}; name an earlier one, or say true"
+        )
     return str(path)
 
 
@@ -223,7 +243,9 @@ def check_resumable(checkpoint: str, model: PeftModel, curriculum: Curriculum) -
     mine = model.get_base_model().config.to_dict()
     for name, value in mine.items():
         if name in saved and name.split("_")[0] in ("num", "segment", "bptt") and saved[name] != value:
-            raise UsageError(f"`--resume_from_checkpoint` {checkpoint}: trained with {name} {saved[name]}; got `--{name}` {value}")
+            raise UsageError(
+                f"`--resume_from_checkpoint` {checkpoint}: trained with {name} {saved[name]}; got `--{name}` {value}"
+            )
     if saved.get("backbone_fingerprint") != mine["backbone_fingerprint"]:
         raise UsageError(
             f"`--resume_from_checkpoint` {checkpoint}: trained on another backbone ({saved['backbone_name']}) than "

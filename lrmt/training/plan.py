@@ -28,7 +28,9 @@ def describe_plan(
     training_args: TrainingArguments,
 ) -> str:
     """The plan of a run as text: stages, trainable parameters, and an estimate of memory per GPU in GiB."""
-    config = open_pretrained(AutoConfig.from_pretrained, model_args.model_name_or_path, revision=model_args.model_revision)
+    config = open_pretrained(
+        AutoConfig.from_pretrained, model_args.model_name_or_path, revision=model_args.model_revision
+    )
     with init_empty_weights():
         # the class itself: `from_config` would shard under ZeRO-3, and there are no weights to shard
         backbone = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
@@ -44,7 +46,9 @@ def describe_plan(
     trainable = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     memory = sum(n for name, n in trainable.items() if any(module in name for module in model_class.memory_modules))
     lora = sum(trainable.values()) - memory
-    head = {id(p) for part in (backbone.get_input_embeddings(), backbone.get_output_embeddings()) for p in part.parameters()}
+    head = {
+        id(p) for part in (backbone.get_input_embeddings(), backbone.get_output_embeddings()) for p in part.parameters()
+    }
     frozen = [p for p in backbone.parameters() if not p.requires_grad]
     in_4bit = sum(p.numel() for p in frozen if p.dim() == 2 and id(p) not in head)
     unquantised = sum(p.numel() for p in frozen) - in_4bit
@@ -79,11 +83,15 @@ def describe_plan(
     effective = batch * training_args.gradient_accumulation_steps * world
     lines = [
         f"backbone   {model_args.model_name_or_path} ({config.model_type}, {sum(p.numel() for p in frozen):,} parameters, "
-        + (f"{model_args.bnb_4bit_quant_type} 4-bit" if model_args.load_in_4bit else model_args.dtype) + ")",
+        + (f"{model_args.bnb_4bit_quant_type} 4-bit" if model_args.load_in_4bit else model_args.dtype)
+        + ")",
         f"method     {model.get_base_model().config.model_type if peft_config else model.config.model_type}: "
         + ", ".join(f"{k} {v}" for k, v in settings.items()),
         f"task       {task_args.task}",
-        "stages     " + ", ".join(f"up to {n} segments × {s} steps" for n, s in zip(curriculum.stages, curriculum.max_steps, strict=True)),
+        "stages     "
+        + ", ".join(
+            f"up to {n} segments × {s} steps" for n, s in zip(curriculum.stages, curriculum.max_steps, strict=True)
+        ),
         f"steps      at most {optimizer_steps} of batch {effective} "
         f"({batch} per device × {training_args.gradient_accumulation_steps} accumulated × {world} ranks)",
         f"trainable  {count:,} parameters: LoRA {lora:,} in {len(trainable) - 1} tensors, memory {memory:,}",
@@ -94,5 +102,3 @@ def describe_plan(
     if sharded > 1:
         lines.append(f"  while loading, every rank holds the whole backbone: {weights / 2**30:.3f} GiB")
     return "\n".join(lines)
-
-

@@ -111,7 +111,11 @@ class LongContextTrainer(Trainer):
         norms = self.model.get_base_model().memory_norms(inputs["input_ids"], inputs["attention_mask"])
         segments = len(norms) + 1  # the last one writes no memory
         bad = next((s for s, norm in enumerate(norms) if not math.isfinite(norm)), None)
-        where = f"memory first breaks in segment {bad + 1}" if bad is not None else f"it breaks in the last segment, {segments}"
+        where = (
+            f"memory first breaks in segment {bad + 1}"
+            if bad is not None
+            else f"it breaks in the last segment, {segments}"
+        )
         ranks = [rank for rank, ok in enumerate(finite) if not ok]
         raise FloatingPointError(
             f"loss is not finite at step {self.state.global_step + 1} (stage {self.curriculum.stage + 1}, "
@@ -127,7 +131,9 @@ class LongContextTrainer(Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         """`--lr_scheduler_type` with its warm-up, begun anew in each stage."""
         if self.lr_scheduler is None:
-            self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, lambda _: self._lr_factor())
+            self.lr_scheduler = LambdaLR(
+                self.optimizer if optimizer is None else optimizer, lambda _: self._lr_factor()
+            )
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
@@ -162,7 +168,9 @@ class LongContextTrainer(Trainer):
         right, count, loss = 0.0, 0, 0.0
         for batch in range(math.ceil(self.eval_samples / (batch_size * world))):
             number = batch * world + self.args.process_index
-            inputs = self._prepare_inputs(self._draw(self.eval_task, number, batch_size, segments * self._segment_length))
+            inputs = self._prepare_inputs(
+                self._draw(self.eval_task, number, batch_size, segments * self._segment_length)
+            )
             if world > 1:
                 check_same_segments(self.model.get_base_model().num_backbone_calls(**inputs), self.args.device)
             outputs = model(**inputs)

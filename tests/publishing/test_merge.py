@@ -133,7 +133,9 @@ def test_merged_folder_opens_without_peft(adapter, tmp_path):
 
 def test_command_prints_the_gaps(adapter, tmp_path, capsys):
     out = tmp_path / "merged"
-    assert main(["merge", "--adapter_path", str(adapter), "--output_dir", str(out), "--merge_base", "nf4_roundtrip"]) == 0
+    assert (
+        main(["merge", "--adapter_path", str(adapter), "--output_dir", str(out), "--merge_base", "nf4_roundtrip"]) == 0
+    )
     lines = capsys.readouterr().out.splitlines()[-3:]
     assert lines[0].startswith(f"merged into {out} over nf4_roundtrip weights")
     assert float(lines[1].split()[0]) < 1e-3 and "same weights" in lines[1]

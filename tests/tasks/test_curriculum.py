@@ -25,7 +25,9 @@ def test_accuracy_promotes_and_says_why():
     assert curriculum.report(0.89) is None
     assert (curriculum.stage, curriculum.segments) == (0, 1)
     message = curriculum.report(0.9)
-    assert message == "stage 1 of 3 (1 segments) ends: accuracy 0.900 reached 0.900 after 2 steps; next: up to 2 segments"
+    assert (
+        message == "stage 1 of 3 (1 segments) ends: accuracy 0.900 reached 0.900 after 2 steps; next: up to 2 segments"
+    )
     assert (curriculum.stage, curriculum.stage_step, curriculum.segments) == (1, 0, 2)
     assert curriculum.history == [message]
 

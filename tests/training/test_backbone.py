@@ -21,13 +21,19 @@ MEMORY = "base_model.model.memory_embedding.modules_to_save.default.weight"
 DECODER = [f"self_attn.{p}_proj" for p in "qkvo"] + [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
 LINEAR = {
     "llama": [f"model.layers.{i}.{name}" for i in range(2) for name in DECODER],
-    "gpt2": [f"transformer.h.{i}.{name}" for i in range(2) for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")],
+    "gpt2": [
+        f"transformer.h.{i}.{name}"
+        for i in range(2)
+        for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    ],
 }
 
 
 def build(folder, *, sharded=False, **changes):
     changes = {"lora_r": 2, "dtype": "bfloat16" if changes.get("load_in_4bit", True) else "float32"} | changes
-    return build_model(RmtForCausalLM, ModelArguments(model_name_or_path=str(folder), **changes), SETTINGS, sharded=sharded)
+    return build_model(
+        RmtForCausalLM, ModelArguments(model_name_or_path=str(folder), **changes), SETTINGS, sharded=sharded
+    )
 
 
 def trainable(model):

@@ -13,7 +13,14 @@ import lrmt
 from lrmt.errors import UsageError
 from lrmt.training.checkpoint import audit_adapter, find_checkpoint, save_adapter
 
-FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"}
+FILES = {
+    "README.md",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
 
 
 def ids(rows=2, length=150):
@@ -38,7 +45,12 @@ def test_adapter_holds_lora_and_memory_and_is_small(trained):
     assert {p.name for p in folder.iterdir() if p.is_file()} >= FILES
     weights = weights_of(folder)
     names = [f"backbone.model.layers.{i}.self_attn.{p}_proj.lora_{x}" for i in range(2) for p in "qkvo" for x in "AB"]
-    names += [f"backbone.model.layers.{i}.mlp.{p}_proj.lora_{x}" for i in range(2) for p in ("gate", "up", "down") for x in "AB"]
+    names += [
+        f"backbone.model.layers.{i}.mlp.{p}_proj.lora_{x}"
+        for i in range(2)
+        for p in ("gate", "up", "down")
+        for x in "AB"
+    ]
     assert set(weights) == {f"base_model.model.{name}.weight" for name in [*names, "memory_embedding"]}
     assert weights["base_model.model.memory_embedding.weight"].shape == (4, 64)
     elements = sum(t.numel() for t in weights.values())
@@ -113,7 +125,16 @@ def test_card_and_configs_name_no_place_of_this_machine(trained, tmp_path):
 
 
 def test_shipped_backbones_leave_no_path_at_all(run_recipe, small_flags, fp32_flags, tmp_path):
-    one_step = ["--curriculum_stages", "1", "--stage_max_steps", "1", "--per_device_train_batch_size", "1", "--eval_samples", "1"]
+    one_step = [
+        "--curriculum_stages",
+        "1",
+        "--stage_max_steps",
+        "1",
+        "--per_device_train_batch_size",
+        "1",
+        "--eval_samples",
+        "1",
+    ]
     flags = [*small_flags, *fp32_flags, *one_step, "--output_dir", tmp_path / "run"]
     run_recipe("rmt_llama", "--model_name_or_path", "tiny-llama", *flags)
     for path in [*(tmp_path / "run").glob("*.json"), tmp_path / "run" / "README.md"]:
@@ -208,7 +229,9 @@ def test_true_means_the_last_whole_checkpoint(trained, tmp_path, name, cut):
     else:
         broken.unlink()
     assert find_checkpoint(tmp_path, "true") == str(tmp_path / "checkpoint-20")
-    with pytest.raises(UsageError, match=f"checkpoint-100: half-written, {name} {'cannot be read' if cut else 'is missing'}"):
+    with pytest.raises(
+        UsageError, match=f"checkpoint-100: half-written, {name} {'cannot be read' if cut else 'is missing'}"
+    ):
         find_checkpoint(tmp_path, str(broken.parent))
 
 

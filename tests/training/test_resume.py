@@ -48,7 +48,11 @@ def killed(flags, tmp_path_factory):
     """The folder of a run killed in stage 2, and a copy of it from before anything went on."""
     folder = tmp_path_factory.mktemp("killed") / "run"
     with subprocess.Popen(
-        [*RECIPE, *flags, "--output_dir", folder], env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        [*RECIPE, *flags, "--output_dir", folder],
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as process:
         deadline = time.monotonic() + 240
         while not (folder / f"checkpoint-{KILLED_AT}" / "curriculum.json").exists():
@@ -122,7 +126,18 @@ def test_resumed_run_draws_the_same_samples(train_small, fp32_flags, tmp_path, m
         return draw(self, task, number, rows, length)
 
     monkeypatch.setattr(LongContextTrainer, "_draw", noting)
-    flags = [*fp32_flags, "--stage_max_steps", "6", "3", "--lora_dropout", "0.2", "--save_steps", "1", "--warmup_steps", "2"]
+    flags = [
+        *fp32_flags,
+        "--stage_max_steps",
+        "6",
+        "3",
+        "--lora_dropout",
+        "0.2",
+        "--save_steps",
+        "1",
+        "--warmup_steps",
+        "2",
+    ]
     whole = train_small(*flags, "--output_dir", tmp_path / "whole")
     in_one_go, drawn[:] = list(drawn), []
     limit[0] = stop
@@ -160,7 +175,10 @@ def test_finished_run_has_nothing_to_resume(train_small, fp32_flags, tmp_path, m
         (["--num_memory_tokens", "5"], "trained with num_memory_tokens 4; got `--num_memory_tokens` 5"),
         (["--segment_length", "90"], "trained with segment_length 80; got `--segment_length` 90"),
         (["--lora_r", "3"], "trained with lora_r 4; got `--lora_r` 3"),
-        (["--model_name_or_path", "MISTRAL"], "trained on another backbone .*llama.* than `--model_name_or_path` .*mistral"),
+        (
+            ["--model_name_or_path", "MISTRAL"],
+            "trained on another backbone .*llama.* than `--model_name_or_path` .*mistral",
+        ),
     ],
 )
 def test_checkpoint_of_another_run_is_refused(trained, train_small, backbones, changed, message):

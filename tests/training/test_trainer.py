@@ -71,7 +71,9 @@ def test_stage_decides_the_length(train_small, fp32_flags, watch, monkeypatch):
     monkeypatch.setattr(
         LongContextTrainer,
         "_draw",
-        lambda self, task, number, rows, length: seen.append((task.split, length)) or draw(self, task, number, rows, length),
+        lambda self, task, number, rows, length: (
+            seen.append((task.split, length)) or draw(self, task, number, rows, length)
+        ),
     )
     flags = ["--curriculum_stages", "1", "3", "--stage_max_steps", "2", "3", "--vary_lengths", "false"]
     trainer = train_small(*fp32_flags, *flags)
@@ -183,7 +185,10 @@ def test_nan_stops_training_with_segment_and_step(train_small, fp32_flags, watch
     assert f"at step 4 (stage 1, {segments} segments, rank [0])" in message and where in message
     assert "--learning_rate" in message and "\n" not in message
     folder = Path(watch.trainer.args.output_dir)
-    assert sorted(p.name for p in folder.iterdir()) == ["arguments.yaml", "checkpoint-2"]  # no adapter, no later checkpoint
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "arguments.yaml",
+        "checkpoint-2",
+    ]  # no adapter, no later checkpoint
 
 
 def test_nan_weights_are_never_saved(train_small, fp32_flags, watch, monkeypatch):
