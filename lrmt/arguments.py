@@ -37,7 +37,9 @@ class ModelArguments(TrlModelConfig):
     use_peft: bool = field(default=True, metadata={"help": "Train LoRA adapters (off: the memory embedding alone)."})
     load_in_4bit: bool = field(default=True, metadata={"help": "Quantise the frozen backbone to 4 bits."})
     use_bnb_nested_quant: bool = field(default=True, metadata={"help": "Quantise the quantisation constants too."})
-    dtype: str | None = field(default="bfloat16", metadata={"help": "Of the backbone's computations: bfloat16 or float32."})
+    dtype: str | None = field(
+        default="bfloat16", metadata={"help": "Of the backbone's computations: bfloat16 or float32."}
+    )
     lora_target_modules: list[str] | None = field(
         default=None, metadata={"help": "Backbone layers that LoRA adapts; default: every linear layer but the head."}
     )
@@ -64,10 +66,13 @@ class TaskArguments(TrlScriptArguments):
     )
     dataset_name: str | None = field(
         default=None,
-        metadata={"help": "Own rows for --task dataset: a JSONL or Parquet file or a Hub id; columns input, question, target."},
+        metadata={
+            "help": "Own rows for --task dataset: a JSONL or Parquet file or a Hub id; columns input, question, target."
+        },
     )
     babi_dir: str | None = field(
-        default=None, metadata={"help": "Folder of official bAbI files (qa1_train.txt, …); default: the built-in simulator."}
+        default=None,
+        metadata={"help": "Folder of official bAbI files (qa1_train.txt, …); default: the built-in simulator."},
     )
     background_dir: str | None = field(
         default=None, metadata={"help": "Folder of .txt books that hide the facts; default: built-in procedural prose."}
@@ -80,14 +85,18 @@ class TaskArguments(TrlScriptArguments):
 
     early_facts_share: float = field(
         default=0.0,
-        metadata={"help": "Share (0..1) of training texts with all facts before the last segment: only memory finds them."},
+        metadata={
+            "help": "Share (0..1) of training texts with all facts before the last segment: only memory finds them."
+        },
     )
 
     def __post_init__(self):
         if self.dataset_name is not None:
             self.task = "dataset"
         elif self.task == "dataset":
-            raise UsageError("`--task dataset` needs `--dataset_name`; got none. Name a JSONL or Parquet file or a Hub id")
+            raise UsageError(
+                "`--task dataset` needs `--dataset_name`; got none. Name a JSONL or Parquet file or a Hub id"
+            )
 
 
 @dataclass
@@ -103,7 +112,8 @@ class RmtArguments:
         default="left", metadata={"help": "left: the last segment is the short one; right: the first."}
     )
     checkpoint_segments: bool = field(
-        default=True, metadata={"help": "Recompute segments in the backward pass: memory does not grow with their number."}
+        default=True,
+        metadata={"help": "Recompute segments in the backward pass: memory does not grow with their number."},
     )
 
 
@@ -120,7 +130,10 @@ class CurriculumArguments:
     promotion_accuracy: float = field(
         default=0.95, metadata={"help": "A stage ends early at this held-out accuracy (0..1) on its longest text."}
     )
-    vary_lengths: bool = field(default=True, metadata={"help": "Stage n draws 1..n segments per step; off: always n."})
+    vary_lengths: bool = field(
+        default=True, metadata={"help": "Stage n draws --min_segments..n segments per step; off: always n."}
+    )
+    min_segments: int = field(default=1, metadata={"help": "Shortest text that --vary_lengths draws, in segments."})
     eval_samples: int = field(default=64, metadata={"help": "Held-out samples per evaluation, over all ranks."})
 
     def __post_init__(self):
@@ -136,20 +149,31 @@ class TrainingArguments(HfTrainingArguments):
         default=False, metadata={"help": "Print plan, trainable parameters and memory estimate; train nothing."}
     )
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Train into a folder that is not empty; its adapter and checkpoints are replaced."}
+        default=False,
+        metadata={"help": "Train into a folder that is not empty; its adapter and checkpoints are replaced."},
     )
-    eval_strategy: str = field(default="steps", metadata={"help": "Evaluate every --eval_steps steps, and at stage ends."})
+    eval_strategy: str = field(
+        default="steps", metadata={"help": "Evaluate every --eval_steps steps, and at stage ends."}
+    )
     eval_steps: float | None = field(default=50, metadata={"help": "Steps between evaluations."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between log lines."})
     save_steps: float = field(default=200, metadata={"help": "Steps between checkpoints."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
     lr_scheduler_type: str = field(default="linear", metadata={"help": "Learning-rate schedule within each stage."})
-    warmup_steps: float = field(default=0.1, metadata={"help": "Warm-up of each stage: steps, or a fraction of the limit."})
+    warmup_steps: float = field(
+        default=0.1, metadata={"help": "Warm-up of each stage: steps, or a fraction of the limit."}
+    )
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN losses (they stop training here)."})
     report_to: str = field(default="none", metadata={"help": "tensorboard, wandb, trackio, … or none."})
 
     def __post_init__(self):
-        _check_counts(self, "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "eval_steps")
+        _check_counts(
+            self,
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+            "eval_steps",
+        )
         # transformers refuses bf16 without a GPU unless told that the CPU is meant, and DeepSpeed looks for a GPU by itself
         told = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
         self.use_cpu = self.use_cpu or told or not torch.accelerator.is_available()
@@ -176,7 +200,9 @@ class Parser(TrlParser):
         raise UsageError(f"unknown {kind} `{name}`" + (f"; did you mean `{close[0]}`?" if close else "; see --help"))
 
 
-def parse_arguments(*dataclass_types, default_config: str | os.PathLike, description: str, args: list[str] | None = None) -> tuple:
+def parse_arguments(
+    *dataclass_types, default_config: str | os.PathLike, description: str, args: list[str] | None = None
+) -> tuple:
     """One instance per dataclass type, from the command line over `--config FILE` over the defaults.
 
     Args:
@@ -186,7 +212,10 @@ def parse_arguments(*dataclass_types, default_config: str | os.PathLike, descrip
         UsageError: unknown key or flag (with a "did you mean"), a value of the wrong type, an unreadable file.
     """
     parser = Parser(
-        dataclass_types, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        dataclass_types,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", help=f"YAML file of any of these keys; default: {os.path.basename(default_config)}")
     args = list(sys.argv[1:] if args is None else args)
@@ -226,7 +255,12 @@ def _read_config(path: str, parser: Parser) -> dict:
     for action in parser._actions:
         # argparse converts string defaults only: bring "1e-4", which YAML reads as a string, and numbers to their type
         value, many = config.get(action.dest), action.nargs in ("+", "*")
-        if value is None or action.type is None or isinstance(value, dict) or (isinstance(value, list) and action.type is str):
+        if (
+            value is None
+            or action.type is None
+            or isinstance(value, dict)
+            or (isinstance(value, list) and action.type is str)
+        ):
             continue
         try:
             values = [action.type(str(v)) for v in (value if many and isinstance(value, list) else [value])]

@@ -55,7 +55,7 @@ SHAPE = {  # 0.8 million parameters, the embedding tied
 }
 SLIDING_WINDOW = 256
 EMBEDDING_SCALE = 0.2  # of input embeddings and final hidden states alike: memory tokens feed the latter back in
-MAX_FEEDBACK_LENGTH = 256
+MAX_FEEDBACK_LENGTH = 256  # a text is read twice over
 PREVIOUS_LAYER, SUBJECT_LAYER = 1, 2  # where the probes read
 LOSS_WEIGHTS = {"read": 0.3, "answer": 1.0, "subject": 0.5, "previous": 1.0, "pointer": 0.5}
 NF4 = torch.tensor(  # the 4-bit NormalFloat code, QLoRA (Dettmers et al. 2023), appendix E
@@ -170,7 +170,9 @@ def feed_back(model, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return hidden.float(), right & (torch.rand(ids.shape) < share)
 
 
-def compute_losses(model, probes: Probes, batch: tuple[torch.Tensor, ...], feedback: bool = False) -> dict[str, torch.Tensor]:
+def compute_losses(
+    model, probes: Probes, batch: tuple[torch.Tensor, ...], feedback: bool = False
+) -> dict[str, torch.Tensor]:
     ids, kinds, subjects, distances = batch
     embeds = model.get_input_embeddings()(ids)
     if feedback:

@@ -173,7 +173,9 @@ class RmtForCausalLM(LongContextModel):
             return [(0, len(grid))]
         return [(max(0, s - k + 1), s + 1) for s, segment in enumerate(grid) if segment.scored is not None]
 
-    def num_backbone_calls(self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None) -> int:
+    def num_backbone_calls(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None
+    ) -> int:
         """How often `forward` runs the backbone on this batch: what must agree between ranks."""
         config = self.config
         grid = Grid(

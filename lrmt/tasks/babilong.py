@@ -8,7 +8,17 @@ import numpy as np
 from lrmt.errors import UsageError
 from lrmt.tasks import babi
 from lrmt.tasks.background import Background
-from lrmt.tasks.base import Example, Pieces, Task, check_segment, derive_rng, derive_seed, epoch_order, join, start_of_last_segment
+from lrmt.tasks.base import (
+    Example,
+    Pieces,
+    Task,
+    check_segment,
+    derive_rng,
+    derive_seed,
+    epoch_order,
+    join,
+    start_of_last_segment,
+)
 
 QUESTION_POSITIONS = ("last", "first", "both")
 _HELD_OUT = 10  # one sample in so many of a train file is for validation where the validation file serves as test
@@ -26,7 +36,8 @@ class BabilongTask(Task):
 
     Train draws a fresh permutation for each epoch; validation and test keep file order, so index i is the i-th sample
     that fits. Test is qaN_test.txt; in a folder without it qaN_valid.txt is, and validation is then the last tenth of
-    qaN_train.txt, which training leaves out: what selects a model is never what is reported. Without `babi_dir` each index simulates its own story (qa1-qa3).
+    qaN_train.txt, which training leaves out: what selects a model is never what is reported. Without `babi_dir` each
+    index simulates its own story (qa1-qa3).
     `early_facts_share` of the training texts have all facts before the last segment, where only memory can find them.
     `length` 0 means no background at all (the 0k setting).
     Raises UsageError for bad options, missing files, or a question and answer longer than `segment_length`.

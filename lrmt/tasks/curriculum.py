@@ -16,7 +16,7 @@ class Curriculum:
     Args:
         stages: longest text of each stage, in segments. max_steps: step limit of each stage (one number: of every stage).
         promotion_accuracy: a stage ends early once held-out accuracy, 0..1, at its longest text reaches this.
-        vary_lengths: draw 1..n segments in stage n, else always n. seed: of those draws.
+        vary_lengths: draw min_segments..n segments in stage n, else always n. seed: of those draws.
     """
 
     stages: list[int]
@@ -24,6 +24,7 @@ class Curriculum:
     promotion_accuracy: float = 0.95
     vary_lengths: bool = True
     seed: int = 0
+    min_segments: int = 1
     stage: int = 0
     stage_step: int = 0
     finished: bool = False
@@ -41,6 +42,8 @@ class Curriculum:
                 f"`--stage_max_steps` must be one number or one per stage, each 1 or more; got {self.max_steps} for "
                 f"{len(self.stages)} stages"
             )
+        if self.min_segments < 1:
+            raise UsageError(f"`--min_segments` must be 1 or more; got {self.min_segments}")
         if not 0 < self.promotion_accuracy <= 1:
             raise UsageError(f"`--promotion_accuracy` must lie in (0, 1]; got {self.promotion_accuracy}")
 
@@ -57,7 +60,11 @@ class Curriculum:
         """How many segments every rank trains on at this global step."""
         if not self.vary_lengths:
             return self.segments
-        return int(np.random.default_rng([self.seed, step, self.stage]).integers(1, self.segments + 1))
+        return int(
+            np.random.default_rng([self.seed, step, self.stage]).integers(
+                min(self.min_segments, self.segments), self.segments + 1
+            )
+        )
 
     def advance(self) -> bool:
         """Counts one step; True when the stage's limit is reached and an evaluation must decide."""
@@ -88,7 +95,7 @@ class Curriculum:
 
     def load_state_dict(self, state: dict) -> None:
         """Takes up the position of a checkpoint; refuses one of another curriculum."""
-        for name in ("stages", "max_steps", "vary_lengths", "seed"):
+        for name in ("stages", "max_steps", "vary_lengths", "min_segments", "seed"):
             if state[name] != getattr(self, name):
                 raise UsageError(
                     f"`--resume_from_checkpoint`: the checkpoint was trained with {name} = {state[name]}, this run has "

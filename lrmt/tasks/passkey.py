@@ -27,7 +27,9 @@ class PasskeyTask(Task):
 
     name = "passkey"
 
-    def __init__(self, tokenizer, *, split="train", seed=0, segment_length=None, num_digits=5, depth=None, early_facts_share=0.0):
+    def __init__(
+        self, tokenizer, *, split="train", seed=0, segment_length=None, num_digits=5, depth=None, early_facts_share=0.0
+    ):
         if not 1 <= num_digits <= 18:
             raise UsageError(f"--num_digits must be 1..18; got {num_digits}")
         if depth is not None and not 0 <= depth <= 1:

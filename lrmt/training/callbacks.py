@@ -37,7 +37,9 @@ class ProgressCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.since = time.perf_counter()
         if state.is_world_process_zero and not args.disable_tqdm:
-            self.bar = tqdm(total=self.curriculum.total_steps, initial=state.global_step, dynamic_ncols=True, unit="step")
+            self.bar = tqdm(
+                total=self.curriculum.total_steps, initial=state.global_step, dynamic_ncols=True, unit="step"
+            )
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.bar is None:
@@ -45,7 +47,9 @@ class ProgressCallback(TrainerCallback):
         now = time.perf_counter()
         speed = self.tokens / max(now - self.since, 1e-9)
         self.tokens, self.since = 0, now
-        stage = f"stage {self.curriculum.stage + 1}/{len(self.curriculum.stages)} (≤{self.curriculum.segments} segments)"
+        stage = (
+            f"stage {self.curriculum.stage + 1}/{len(self.curriculum.stages)} (≤{self.curriculum.segments} segments)"
+        )
         self.bar.set_description(stage)
         self.bar.set_postfix_str(f"{speed:,.0f} tokens/s" + ("" if self.loss is None else f", loss {self.loss:.3f}"))
         self.bar.update(1)

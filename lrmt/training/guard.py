@@ -10,7 +10,9 @@ def gather_numbers(number: float, device: torch.device | str) -> list[float]:
     """One number of every rank, in rank order."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return [number]
-    mine = torch.tensor([number], dtype=torch.float64 if torch.device(device).type != "mps" else torch.float32, device=device)
+    mine = torch.tensor(
+        [number], dtype=torch.float64 if torch.device(device).type != "mps" else torch.float32, device=device
+    )
     everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, mine)
     return [float(t) for t in everyone]

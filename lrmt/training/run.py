@@ -49,6 +49,7 @@ def train(
         max_steps=curriculum_args.stage_max_steps,
         promotion_accuracy=curriculum_args.promotion_accuracy,
         vary_lengths=curriculum_args.vary_lengths,
+        min_segments=curriculum_args.min_segments,
         seed=training_args.seed,
     )
     if training_args.deepspeed_plugin is not None:
@@ -64,9 +65,13 @@ def train(
     set_seed(training_args.seed)
     name, revision = model_args.model_name_or_path, model_args.model_revision
     # bad settings show here, before texts are made with them and weights are loaded
-    model_class.config_class(backbone_config=open_pretrained(AutoConfig.from_pretrained, name, revision=revision), **settings)
+    model_class.config_class(
+        backbone_config=open_pretrained(AutoConfig.from_pretrained, name, revision=revision), **settings
+    )
     tokenizer = load_tokenizer(name, revision)
-    tasks = {split: _build_task(task_args, tokenizer, split, settings, training_args) for split in ("train", "validation")}
+    tasks = {
+        split: _build_task(task_args, tokenizer, split, settings, training_args) for split in ("train", "validation")
+    }
     for task in tasks.values():  # texts that cannot be made show here, before anything is loaded or written
         task.example(0, curriculum.stages[0] * settings["segment_length"])
     on_gpu = torch.cuda.is_available() and not training_args.use_cpu
@@ -95,7 +100,9 @@ def train(
                 shutil.rmtree(old)
         _save_arguments(training_args.output_dir, method_args, model_args, task_args, curriculum_args, training_args)
         names = trainable_names(model)
-        print(f"{len(names)} trainable tensors (LoRA and {', '.join(model_class.memory_modules)}); saving to {training_args.output_dir}")
+        print(
+            f"{len(names)} trainable tensors (LoRA and {', '.join(model_class.memory_modules)}); saving to {training_args.output_dir}"
+        )
     PartialState().wait_for_everyone()
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()

@@ -120,3 +120,14 @@ def test_checkpoint_of_another_curriculum_is_refused(changes):
 def test_bad_settings(changes, message):
     with pytest.raises(UsageError, match=message):
         build(**changes)
+
+
+def test_min_segments_is_the_shortest_text_drawn():
+    curriculum = Curriculum(stages=[1, 4], max_steps=[5], min_segments=3)
+    assert {curriculum.draw_segments(step) for step in range(50)} == {
+        1
+    }  # a stage shorter than that draws its own length
+    curriculum.stage = 1
+    assert {curriculum.draw_segments(step) for step in range(50)} == {3, 4}
+    with pytest.raises(UsageError, match="--min_segments"):
+        Curriculum(stages=[2], max_steps=[5], min_segments=0)
