@@ -66,6 +66,7 @@ TRAIN = [  # command line, what the line says: flag, value, remedy
     ("--segment_length 16 --num_memory_tokens 8", ["--segment_length", "2 × `--num_memory_tokens`", "16 and 8", "17 or more"]),
     ("--segment_length 250", ["--segment_length", "window of 256", "250 and 4", "248 or less"]),
     ("--num_memory_tokens -1", ["--num_memory_tokens", "-1", "16"]),
+    ("--num_memory_tokens 0", ["--num_memory_tokens", "got 0", "16"]),
     ("--bptt_segments 0", ["--bptt_segments", "0", "1 or more"]),
     ("--segment_alignment middle", ["--segment_alignment", "middle", "left or right"]),
     ("--segment_length 20", ["20 tokens", "or more"]),

@@ -146,7 +146,7 @@ class RmtForCausalLM(LongContextModel):
         # one call of the head per step, also when nothing is scored: ranks must make the same module calls
         logits = self.get_output_embeddings()(hidden if len(targets) else hidden.new_zeros(1, hidden.shape[-1]))
         if not len(targets):
-            return LongContextOutput(loss=logits.sum() * 0.0, logits=logits[:0], memory_norm=norm)
+            return LongContextOutput(loss=(logits.sum() + memory.sum()) * 0.0, logits=logits[:0], memory_norm=norm)
         loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets)
         return LongContextOutput(loss=loss, logits=logits, memory_norm=norm)
 

@@ -44,6 +44,8 @@ def train(
         UsageError: bad input, found before anything is written.
     """
     settings = as_dict(method_args)
+    if settings.get("num_memory_tokens") == 0:
+        raise UsageError("`--num_memory_tokens` must be 1 or more to train a memory; got 0. 16 is the published value")
     curriculum = Curriculum(
         stages=curriculum_args.curriculum_stages,
         max_steps=curriculum_args.stage_max_steps,
@@ -72,8 +74,11 @@ def train(
     tasks = {
         split: _build_task(task_args, tokenizer, split, settings, training_args) for split in ("train", "validation")
     }
-    for task in tasks.values():  # texts that cannot be made show here, before anything is loaded or written
-        task.example(0, curriculum.stages[0] * settings["segment_length"])
+    # texts that cannot be made show here, before anything is loaded or written
+    shortest = min(curriculum.min_segments, curriculum.stages[0]) if curriculum.vary_lengths else curriculum.stages[0]
+    for split, length in (("train", shortest), ("validation", curriculum.stages[0])):
+        for task in getattr(tasks[split], "tasks", [tasks[split]]):
+            task.example(0, length * settings["segment_length"])
     on_gpu = torch.cuda.is_available() and not training_args.use_cpu
     model = build_model(
         model_class,
@@ -157,12 +162,13 @@ def _check_output_dir(training_args: TrainingArguments, checkpoint: str | None) 
 
 
 def _save_arguments(output_dir: str, *instances) -> None:
-    """Every setting of the run, readable and usable as `--config`."""
+    """The settings that shape the result, readable and usable as `--config`."""
     os.makedirs(output_dir, exist_ok=True)
     lines = as_dict(*instances[:-1])
     training = instances[-1]
     for name in ("seed", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "warmup_steps",
-                 "lr_scheduler_type", "max_grad_norm", "weight_decay", "bf16", "eval_steps", "save_steps"):  # fmt: skip
+                 "lr_scheduler_type", "max_grad_norm", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "bf16",
+                 "eval_steps", "save_steps", "per_device_eval_batch_size"):  # fmt: skip
         value = getattr(training, name)
         lines[name] = getattr(value, "value", value)
     temporary = Path(output_dir, "arguments.yaml.tmp")

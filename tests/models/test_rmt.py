@@ -256,6 +256,16 @@ def test_logits_are_computed_only_where_scored():
     assert seen == [4]
 
 
+def test_a_batch_with_nothing_scored_has_a_zero_loss_and_zero_gradients():
+    model = build()
+    for parameter in model.backbone.parameters():
+        parameter.requires_grad_(False)
+    text = ids(2, 2 * LENGTH)
+    out = model(text, labels=torch.full_like(text, -100))
+    got = gradients(model, out.loss)
+    assert float(out.loss) == 0 and float(got["memory_embedding.weight"].abs().max()) == 0
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
