@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, get_scheduler
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_callback import ProgressCallback as HfProgressCallback
+from transformers.trainer_utils import rotate_checkpoints
 
 from lrmt.arguments import TrainingArguments
 from lrmt.tasks.base import Task
@@ -199,13 +200,17 @@ class LongContextTrainer(Trainer):
             save_adapter(self.model, output_dir or self.args.output_dir, self.processing_class, state_dict)
 
     def _save_checkpoint(self, model, trial):
+        # old checkpoints go only when the new one is whole: a kill in between must leave one to resume from
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
         super()._save_checkpoint(model, trial)
+        self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             path = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}", POSITION_FILE)
             temporary = path.with_suffix(".tmp")
             temporary.write_text(json.dumps(self.curriculum.state_dict(), indent=2))
             os.replace(temporary, path)
+            rotate_checkpoints(output_dir=self.args.output_dir, save_total_limit=limit, use_mtime=True)
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
         if resume_from_checkpoint is not None:

@@ -207,3 +207,29 @@ def test_nan_weights_are_never_saved(train_small, fp32_flags, watch, monkeypatch
     folder = Path(watch.trainer.args.output_dir)
     assert not list(folder.rglob("*.tmp"))
     assert [p.parent.name for p in folder.rglob("adapter_model.safetensors")] == ["checkpoint-2"]
+
+
+def test_old_checkpoints_go_only_when_the_new_one_is_whole(monkeypatch, tmp_path):
+    from types import SimpleNamespace
+
+    from transformers import Trainer
+
+    from lrmt.training import trainer as module
+
+    steps = []
+    monkeypatch.setattr(Trainer, "_save_checkpoint", lambda self, *_: steps.append(self.args.save_total_limit))
+    monkeypatch.setattr(
+        module,
+        "rotate_checkpoints",
+        lambda save_total_limit, **_: steps.append(
+            ((tmp_path / "checkpoint-7" / "curriculum.json").exists(), save_total_limit)
+        ),
+    )
+    (tmp_path / "checkpoint-7").mkdir()
+    fake = object.__new__(module.LongContextTrainer)
+    fake.args = SimpleNamespace(save_total_limit=1, should_save=True, output_dir=str(tmp_path))
+    fake.accelerator = SimpleNamespace(wait_for_everyone=lambda: None)
+    fake.state = SimpleNamespace(global_step=7)
+    fake.curriculum = module.Curriculum(stages=[1], max_steps=[1])
+    fake._save_checkpoint(None, None)
+    assert steps == [None, (True, 1)] and fake.args.save_total_limit == 1
