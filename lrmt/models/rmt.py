@@ -142,7 +142,7 @@ class RmtForCausalLM(LongContextModel):
             padded[attention_mask.bool()] = logits
             return LongContextOutput(logits=padded)
         targets = grid.targets()
-        norm = memory.detach().float().pow(2).mean().sqrt()
+        norm = _root_mean_square(memory.detach())
         # one call of the head per step, also when nothing is scored: ranks must make the same module calls
         logits = self.get_output_embeddings()(hidden if len(targets) else hidden.new_zeros(1, hidden.shape[-1]))
         if not len(targets):
@@ -191,7 +191,7 @@ class RmtForCausalLM(LongContextModel):
         norms = []
         for s in range(len(grid) - 1):
             memory = self._recur(grid, range(s, s + 1), memory)[1]
-            norms.append(float(memory.float().pow(2).mean().sqrt()))
+            norms.append(float(_root_mean_square(memory)))
         return norms
 
     def _recur(self, grid: Grid, window: range, memory: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -356,6 +356,10 @@ class RmtForCausalLM(LongContextModel):
             past_key_values=kv,
             use_cache=True,
         ).last_hidden_state
+
+
+def _root_mean_square(memory: Tensor) -> Tensor:
+    return memory.float().pow(2).mean().sqrt()
 
 
 def _choose(rows: list[bool], new: Tensor, old: Tensor) -> Tensor:

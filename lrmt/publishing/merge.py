@@ -57,9 +57,10 @@ def merge_adapter(
     merged = model.merge_and_unload()
     merged.config.backbone_quantization = None
     merged.memory_embedding.to(getattr(torch, dtype))
+    merged_logits = _logits(merged, ids)
     gaps = {
-        "same_base": _gap(_logits(merged, ids), unmerged_logits),
-        "as_trained": _gap(_logits(merged, ids), trained_logits),
+        "same_base": _gap(merged_logits, unmerged_logits),
+        "as_trained": _gap(merged_logits, trained_logits),
     }
     temporary = output.with_name(output.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)

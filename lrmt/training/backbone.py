@@ -107,9 +107,6 @@ def build_model(
     if sharded and model_args.load_in_4bit:
         model_args.bnb_4bit_quant_storage = model_args.dtype
     quantization_config = get_quantization_config(model_args)
-    if quantization_config is not None:
-        # the head keeps its precision, and so does an embedding tied to it; lrmt never trains either
-        quantization_config.bnb_4bit_compute_dtype = getattr(torch, model_args.dtype)
     backbone = load_backbone(
         model_args.model_name_or_path,
         revision=model_args.model_revision,
