@@ -16,12 +16,12 @@ from lrmt.tasks.base import (
     derive_rng,
     derive_seed,
     epoch_order,
+    hold_out,
     join,
     start_of_last_segment,
 )
 
 QUESTION_POSITIONS = ("last", "first", "both")
-_HELD_OUT = 10  # one sample in so many of a train file is for validation where the validation file serves as test
 _SIMULATED_ANSWERS = {"qa1": babi.ROOMS, "qa2": babi.ROOMS, "qa3": babi.ROOMS}
 _MAX_STORIES = 10_000  # simulated stories tried before a length counts as too short
 
@@ -179,8 +179,7 @@ def _read_split(folder: Path, name: str, split: str) -> list[babi.BabiSample]:
     if test is not None:
         return babi.read(_find_file(folder, name, {"train": "train", "validation": "valid"}[split], required=True))
     samples = babi.read(_find_file(folder, name, "train", required=True))
-    cut = len(samples) - max(1, len(samples) // _HELD_OUT)
-    return samples[:cut] if split == "train" else samples[cut:]
+    return hold_out(samples, split)
 
 
 def _find_file(folder: Path, name: str, suffix: str, required: bool = False) -> Path | None:

@@ -111,6 +111,12 @@ def check_segment(question: np.ndarray, answer: np.ndarray, segment_length: int 
         )
 
 
+def hold_out(rows: list, split: str) -> list:
+    """The share of `rows` for a split: the last tenth is "validation", the rest "train"; at least one is held out."""
+    cut = len(rows) - max(1, len(rows) // 10)
+    return rows[:cut] if split == "train" else rows[cut:]
+
+
 def start_of_last_segment(length: int, segment_length: int) -> int:
     """How many tokens stand before the last segment of a text, its first segment being full."""
     return (-(-length // segment_length) - 1) * segment_length

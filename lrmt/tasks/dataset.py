@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lrmt.errors import UsageError
-from lrmt.tasks.base import Example, Pieces, Task, check_segment, epoch_order, join
+from lrmt.tasks.base import Example, Pieces, Task, check_segment, epoch_order, hold_out, join
 
 COLUMNS = ("input", "question", "target")  # the public BABILong schema
 _FILE_SUFFIXES = (".jsonl", ".parquet")
-_HELD_OUT = 10  # one row in so many is for validation
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -48,9 +47,8 @@ class DatasetTask(Task):
         else:
             rows = _read_hub(source, dataset_config, dataset_split or ("test" if split == "test" else "train"))
         rows = list(rows)
-        cut = len(rows) - max(1, len(rows) // _HELD_OUT)
-        if split != "test" and cut > 0:
-            rows = rows[:cut] if split == "train" else rows[cut:]
+        if split != "test" and len(rows) > 1:
+            rows = hold_out(rows, split)
         self.inputs, self.questions, self.targets = ([] for _ in COLUMNS)
         for number, row in enumerate(rows, start=1):
             for column, values in zip(COLUMNS, (self.inputs, self.questions, self.targets), strict=True):
