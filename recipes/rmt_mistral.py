@@ -29,7 +29,7 @@ from lrmt.arguments import (
     TrainingArguments,
     parse_arguments,
 )
-from lrmt.errors import exit_on_usage_error
+from lrmt.errors import exit_on_error
 from lrmt.models import RmtForCausalLM
 from lrmt.training.run import train
 
@@ -48,5 +48,5 @@ def main():
 
 
 if __name__ == "__main__":
-    with exit_on_usage_error():
+    with exit_on_error():
         main()
