@@ -2,9 +2,9 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
+CPUS := $(shell getconf _NPROCESSORS_ONLN)
 # not compiling what is never imported halves the installation
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check
-CPUS := $(shell getconf _NPROCESSORS_ONLN)
 
 .PHONY: demo test bench lint clean
 
@@ -13,7 +13,7 @@ demo: export OMP_NUM_THREADS ?= $(CPUS)
 demo: export HF_HUB_OFFLINE = 1
 demo: .venv/runtime
 	rm -rf runs/demo
-	$(BIN)/accelerate launch --config_file ds_configs/one_gpu.yaml recipes/rmt_llama.py --output_dir runs/demo
+	$(BIN)/accelerate launch --quiet --config_file ds_configs/one_gpu.yaml recipes/rmt_llama.py --output_dir runs/demo
 	$(BIN)/lrmt evaluate --adapter_path runs/demo --task passkey --lengths 1 2 4 8 16 32 64 --output_dir runs/demo --overwrite
 
 test: .venv/dev
@@ -23,6 +23,8 @@ bench: .venv/runtime
 	$(BIN)/python benchmarks/training_memory.py
 	$(BIN)/python benchmarks/read_memory.py
 	$(BIN)/python benchmarks/throughput.py
+	$(BIN)/python benchmarks/landmark_throughput.py
+	$(BIN)/python benchmarks/landmark_read.py
 
 lint: .venv/dev
 	$(BIN)/ruff check .

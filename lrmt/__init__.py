@@ -9,6 +9,8 @@ __version__ = "0.1.0"
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 _EXPORTS = {
+    "LandmarkConfig": "lrmt.models",
+    "LandmarkForCausalLM": "lrmt.models",
     "RmtConfig": "lrmt.models",
     "RmtForCausalLM": "lrmt.models",
     "load": "lrmt.training.checkpoint",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import os
 import sys
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from trl import ModelConfig as TrlModelConfig
 from trl import ScriptArguments as TrlScriptArguments
 from trl import TrlParser
 
-from lrmt.errors import UsageError
+from lrmt.errors import UsageError, one_line, suggest
 
 
 def _check_counts(arguments, *names: str) -> None:
@@ -33,6 +32,9 @@ class ModelArguments(TrlModelConfig):
     model_name_or_path: str | None = field(
         default="tiny-llama",
         metadata={"help": "Hub id, folder, or a backbone that ships with lrmt: tiny-llama, tiny-mistral."},
+    )
+    init_adapter_path: str | None = field(
+        default=None, metadata={"help": "Start from the LoRA and memory in this folder, say of an easier task."}
     )
     use_peft: bool = field(default=True, metadata={"help": "Train LoRA adapters (off: the memory embedding alone)."})
     load_in_4bit: bool = field(default=True, metadata={"help": "Quantise the frozen backbone to 4 bits."})
@@ -62,12 +64,20 @@ class TaskArguments(TrlScriptArguments):
 
     task: str = field(
         default="passkey",
-        metadata={"help": "passkey, qa1, qa2, qa3, several separated by commas, or dataset (see --dataset_name)."},
+        metadata={
+            "help": "passkey, qa1, qa2, qa3, several separated by commas, dataset (--dataset_name) or text (--text_path)."
+        },
     )
     dataset_name: str | None = field(
         default=None,
         metadata={
             "help": "Own rows for --task dataset: a JSONL or Parquet file or a Hub id; columns input, question, target."
+        },
+    )
+    text_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Any text for --task text: a folder of .txt, a .txt file, a .jsonl file (column text) or a Hub id."
         },
     )
     babi_dir: str | None = field(
@@ -91,6 +101,17 @@ class TaskArguments(TrlScriptArguments):
     )
 
     def __post_init__(self):
+        if self.text_path is not None and self.dataset_name is not None:
+            raise UsageError(
+                f"`--text_path` and `--dataset_name` are two tasks; got {self.text_path} and {self.dataset_name}. Name one"
+            )
+        names = [name.strip() for name in self.task.split(",")]
+        if self.text_path is not None and "text" not in names:
+            self.task = "text"
+        elif self.text_path is None and self.dataset_name is None and "text" in names:
+            raise UsageError(
+                f"`--task {self.task}` needs `--text_path`; got none. Name a folder of .txt files, a file or a Hub id"
+            )
         if self.dataset_name is not None:
             self.task = "dataset"
         elif self.task == "dataset":
@@ -118,6 +139,30 @@ class RmtArguments:
 
 
 @dataclass
+class LandmarkArguments:
+    """Landmark attention's own settings (`LandmarkConfig`)."""
+
+    block_length: int = field(default=64, metadata={"help": "Positions per block K: K-1 tokens and their landmark."})
+    context_length: int = field(
+        default=2048, metadata={"help": "Tokens per training text, the unit of --curriculum_stages; bounds positions."}
+    )
+    top_k: int = field(default=4, metadata={"help": "Blocks that a token reads beside what is near, at inference."})
+    train_top_k: int | None = field(
+        default=None, metadata={"help": "As many in training too, as longer texts will have it; default: all blocks."}
+    )
+    landmark_embedding: str = field(
+        default="trained", metadata={"help": "trained, or frozen_mean: the mean of the token embeddings."}
+    )
+    retrieval: str = field(
+        default="token", metadata={"help": "token: each head and token chooses blocks; chunk: each head for a chunk."}
+    )
+    offload_blocks: bool = field(default=False, metadata={"help": "Keep blocks in CPU memory at inference."})
+    implementation: str = field(
+        default="auto", metadata={"help": "Of landmark attention in training: auto, sdpa, flex or naive."}
+    )
+
+
+@dataclass
 class CurriculumArguments:
     """Growing lengths."""
 
@@ -128,16 +173,22 @@ class CurriculumArguments:
         default_factory=lambda: [500], metadata={"help": "Step limit of each stage (one number: of every stage)."}
     )
     promotion_accuracy: float = field(
-        default=0.95, metadata={"help": "A stage ends early at this held-out accuracy (0..1) on its longest text."}
+        default=0.95,
+        metadata={"help": "A stage but the last ends early at this held-out accuracy (0..1) on its longest text."},
     )
     vary_lengths: bool = field(
         default=True, metadata={"help": "Stage n draws --min_segments..n segments per step; off: always n."}
     )
     min_segments: int = field(default=1, metadata={"help": "Shortest text that --vary_lengths draws, in segments."})
+    stage_lr_decay: float = field(
+        default=1.0, metadata={"help": "Peak learning rate of a stage as a share (0..1] of that of the stage before."}
+    )
     eval_samples: int = field(default=64, metadata={"help": "Held-out samples per evaluation, over all ranks."})
 
     def __post_init__(self):
         _check_counts(self, "eval_samples")
+        if not 0 < self.stage_lr_decay <= 1:
+            raise UsageError(f"`--stage_lr_decay` must lie in (0, 1]; got {self.stage_lr_decay}. 1 keeps the peak")
 
 
 @dataclass
@@ -196,8 +247,7 @@ class Parser(TrlParser):
         return namespace, unknown
 
     def _refuse(self, kind: str, name: str, known: list[str]):
-        close = difflib.get_close_matches(name, known, n=1)
-        raise UsageError(f"unknown {kind} `{name}`" + (f"; did you mean `{close[0]}`?" if close else "; see --help"))
+        raise UsageError(f"unknown {kind} `{name}`{suggest(name, known, quote='`') or '; see --help'}")
 
 
 def parse_arguments(
@@ -231,7 +281,7 @@ def parse_arguments(
     except UsageError:
         raise
     except (ValueError, TypeError, ImportError) as error:
-        raise UsageError(" ".join(str(error).split())) from None
+        raise UsageError(one_line(error)) from None
 
 
 def _read_config(path: str, parser: Parser) -> dict:
@@ -245,7 +295,7 @@ def _read_config(path: str, parser: Parser) -> dict:
             f"`--config` {path}: {error.strerror}" + (f"; {folder} holds {', '.join(there)}" if there else "")
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"`--config` {path} is not YAML: {' '.join(str(error).split())}") from None
+        raise UsageError(f"`--config` {path} is not YAML: {one_line(error)}") from None
     if not isinstance(config, dict):
         raise UsageError(f"`--config` {path} must be a mapping of keys to values; got {type(config).__name__}")
     known = [action.dest for action in parser._actions if action.dest not in ("help", "config")]

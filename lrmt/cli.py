@@ -4,8 +4,8 @@ import argparse
 import sys
 
 from lrmt import __version__
-from lrmt.errors import exit_on_usage_error
-from lrmt.evaluation.settings import EvaluationSettings, suggest
+from lrmt.errors import exit_on_error, suggest
+from lrmt.evaluation.settings import EvaluationSettings, InspectionSettings
 
 EVALUATE = """\
 Accuracy by length with a 95 % confidence interval (Wilson), beside two columns measured in the same run:
@@ -15,6 +15,10 @@ Accuracy by length with a 95 % confidence interval (Wilson), beside two columns 
 Writes results.json (one record a cell: model, task, length_tokens, segments, accuracy, ci_low, ci_high, n; accuracy
 and interval in 0..1), heatmap.png and settings.json. Started again with the same settings, it keeps the finished cells
 and measures the others, further --lengths and --task included.
+
+--task perplexity --text_path PATH measures perplexity by context length instead, of the three on the same tokens: the
+last half segment before a drawn place of the text, after 1, 2, 4, … segments that end there. Writes perplexity.json
+(model, task, length_tokens, segments, perplexity, nll, nll_stderr, n), perplexity.png and settings.json.
 """
 
 EVALUATE_EXAMPLES = """\
@@ -23,6 +27,21 @@ examples:
   lrmt evaluate --adapter_path runs/qa1 --task qa1 qa2 --lengths 4k 16k 64k --background_dir books
   lrmt evaluate --adapter_path runs/qa1 --task qa1 --babi_dir tasks_1-20_v1-2/en-valid-10k --num_samples 1000
   lrmt evaluate --adapter_path runs/mine --dataset_name questions.jsonl
+  lrmt evaluate --adapter_path runs/books --task perplexity --text_path books --split validation --lengths 1 2 4 8
+"""
+
+INSPECT = """\
+Reads a text with a landmark adapter, answers, and tells which blocks of the text each answer token read beyond what is
+always near: the passages, and their share of the attention, averaged over layers and heads.
+
+Writes retrieval.json (one record for each answer token, layer and block: share of the attention in 0..1, averaged over
+heads; start_token, where the block's passage begins) and retrieval.png (layers by blocks, averaged over answer tokens).
+"""
+
+INSPECT_EXAMPLES = """\
+examples:
+  lrmt inspect --adapter_path runs/landmark --input book.txt --question "What is the pass key? The pass key is"
+  lrmt inspect --adapter_path runs/landmark --input book.txt --max_new_tokens 4 --top 3 --output_dir reading
 """
 
 MERGE = """\
@@ -52,6 +71,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     parser.add_argument("--version", action="version", version=f"lrmt {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     add_evaluate(commands)
+    add_inspect(commands)
     add_merge(commands)
     return parser, commands.choices
 
@@ -62,14 +82,22 @@ def add_evaluate(commands):
     )
     add = parser.add_argument
     add("--adapter_path", required=True, metavar="DIR", help="folder that training wrote (an adapter) or lrmt merge")
-    add("--task", nargs="+", default=[], metavar="NAME", help="passkey, qa1, … qa20; several make a grid")
+    add(
+        "--task", nargs="+", default=[], metavar="NAME", help="passkey, qa1, … qa20, several make a grid; or perplexity"
+    )
     add(
         "--lengths",
         nargs="+",
         default=[],
         metavar="N",
         help="segments as plain numbers (8); tokens with k or M (4k, 1M; 1k = 1000), rounded down to whole segments so "
-        "that the question lies in the last one (default: 1 2 4 8 16 32)",
+        "that the question lies in the last one (default: 1 2 4 8 16 32; of perplexity 1 2 4 8)",
+    )
+    add(
+        "--text_path",
+        metavar="PATH",
+        help="of --task perplexity: a folder of .txt files, a .txt file, a .jsonl file with column text, or a Hub id; split "
+        "test is all of it, validation the last tenth, which training on it leaves out",
     )
     add(
         "--dataset_name",
@@ -77,7 +105,12 @@ def add_evaluate(commands):
         help="your own rows instead of --task: a .jsonl or .parquet file with columns input, question, target; right is "
         "what equals the target (first line, case ignored); length_tokens is the mean",
     )
-    add("--num_samples", type=int, metavar="N", help="questions a cell (default: 100; with --dataset_name: all rows)")
+    add(
+        "--num_samples",
+        type=int,
+        metavar="N",
+        help="questions a cell (default: 100; with --dataset_name: all rows), or texts of perplexity (default: 20)",
+    )
     add("--batch_size", type=int, default=8, metavar="N", help="questions answered at once (default: 8)")
     add("--seed", type=int, default=0, metavar="N", help="of the generated questions (default: 0)")
     add(
@@ -98,6 +131,7 @@ def add_evaluate(commands):
     add("--max_n_facts", type=int, metavar="N", help="leave out bAbI stories with more facts than this")
     add("--load_in_4bit", action="store_true", default=None, help="backbone in NF4 (default: as trained)")
     add("--no_load_in_4bit", dest="load_in_4bit", action="store_false", help="backbone in full (default: as trained)")
+    add_reading(add)
     add(
         "--scoring",
         default="official",
@@ -105,9 +139,33 @@ def add_evaluate(commands):
         help="of the qa tasks: official (BABILong's, where a target 'none' of qa7 never scores), strict (whole words, "
         "mends that), contains, exact (default: official); passkey: first integer, always",
     )
-    add("--output_dir", metavar="DIR", help="default: ADAPTER_PATH/evaluation")
+    add("--output_dir", metavar="DIR", help="default: ADAPTER_PATH/evaluation, or ADAPTER_PATH/perplexity")
     add("--overwrite", action="store_true", help="replace an evaluation of other settings in --output_dir")
     parser.set_defaults(run=evaluate)
+
+
+def add_reading(add):
+    add("--top_k", type=int, metavar="N", help="landmark attention: blocks that a token reads (default: as trained)")
+    add("--retrieval", metavar="WHO", help="landmark attention: token or chunk chooses blocks (default: as trained)")
+    add("--offload_blocks", action="store_true", default=None, help="landmark attention: keep blocks in CPU memory")
+
+
+def add_inspect(commands):
+    parser = commands.add_parser(
+        "inspect", help="which passages an answer read", description=INSPECT, epilog=INSPECT_EXAMPLES
+    )
+    add = parser.add_argument
+    add("--adapter_path", required=True, metavar="DIR", help="folder that landmark training wrote")
+    add("--input", required=True, metavar="FILE", help="text to read, UTF-8")
+    add("--question", metavar="TEXT", help="asked after the text (default: none, the text goes on)")
+    add("--max_new_tokens", type=int, default=16, metavar="N", help="longest answer (default: 16)")
+    add("--top", type=int, default=5, metavar="N", help="blocks shown, the best (default: 5)")
+    add("--load_in_4bit", action="store_true", default=None, help="backbone in NF4 (default: as trained)")
+    add("--no_load_in_4bit", dest="load_in_4bit", action="store_false", help="backbone in full (default: as trained)")
+    add_reading(add)
+    add("--output_dir", metavar="DIR", help="default: ADAPTER_PATH/inspection")
+    add("--overwrite", action="store_true", help="replace an inspection in --output_dir")
+    parser.set_defaults(run=inspect)
 
 
 def add_merge(commands):
@@ -131,9 +189,22 @@ def evaluate(options):
     options.update(task=tuple(options["task"]), lengths=tuple(options["lengths"]))
     settings = EvaluationSettings(**options)
     quiet_libraries()
-    from lrmt.evaluation.run import run_evaluation
+    if settings.measures_perplexity:
+        from lrmt.evaluation.perplexity import run_perplexity
 
-    run_evaluation(settings)
+        run_perplexity(settings)
+    else:
+        from lrmt.evaluation.run import run_evaluation
+
+        run_evaluation(settings)
+
+
+def inspect(options):
+    settings = InspectionSettings(**options)
+    quiet_libraries()
+    from lrmt.evaluation.inspect import run_inspection
+
+    run_inspection(settings)
 
 
 def merge(options):
@@ -177,7 +248,7 @@ def main(argv=None) -> int:
     options = parse(sys.argv[1:] if argv is None else list(argv))
     run, _ = options.pop("run"), options.pop("command")
     try:
-        with exit_on_usage_error():
+        with exit_on_error():
             run(options)
     except KeyboardInterrupt:
         print("lrmt: interrupted; what was finished is kept", file=sys.stderr)

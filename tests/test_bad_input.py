@@ -9,7 +9,7 @@ import yaml
 from transformers import CpmAntConfig, CpmAntForCausalLM
 
 from lrmt import cli
-from lrmt.errors import exit_on_usage_error
+from lrmt.errors import exit_on_error
 from lrmt.publishing.merge import merge_adapter
 
 
@@ -100,6 +100,10 @@ TRAIN = [  # command line, what the line says: flag, value, remedy
     ("--curriculum_stages 0", ["--curriculum_stages", "[0]", "1 or more"]),
     ("--stage_max_steps 1 2 3", ["--stage_max_steps", "[1, 2, 3]", "2 stages"]),
     ("--promotion_accuracy 95", ["--promotion_accuracy", "95", "(0, 1]"]),
+    ("--stage_lr_decay 0", ["--stage_lr_decay", "0.0", "(0, 1]"]),
+    ("--init_adapter_path nowhere", ["--init_adapter_path", "nowhere", "no adapter"]),
+    ("--init_adapter_path run --lora_r 3", ["--init_adapter_path", "run", "`--lora_r`"]),
+    ("--init_adapter_path run --model_name_or_path MISTRAL", ["--init_adapter_path", "run", "backbone_fingerprint", "agree"]),
     ("--eval_samples 0", ["--eval_samples", "0", "1 or more"]),
     ("--per_device_train_batch_size 0", ["--per_device_train_batch_size", "0", "1 or more"]),
     ("--gradient_accumulation_steps 0", ["--gradient_accumulation_steps", "0", "1 or more"]),
@@ -117,6 +121,25 @@ TRAIN = [  # command line, what the line says: flag, value, remedy
     ("--dry_run --model_name_or_path ./nowhere", ["--model_name_or_path", "./nowhere"]),
     ("--dry_run --segment_length 250", ["--segment_length", "window of 256"]),
 ]  # fmt: skip
+LANDMARK = [
+    ("--block_length 1", ["--block_length", "2 or more", "got 1"]),
+    ("--top_k 0", ["--top_k", "1 or more", "got 0"]),
+    ("--train_top_k 0", ["--train_top_k", "1 or more", "got 0"]),
+    ("--context_length 60", ["--context_length", "60", "leaves no room", "--top_k"]),
+    ("--context_length 300", ["--context_length", "window of 256"]),
+    ("--landmark_embedding mean", ["--landmark_embedding", "trained or frozen_mean", "mean"]),
+    ("--retrieval row", ["--retrieval", "token or chunk", "row"]),
+    ("--implementation fast", ["--implementation", "fast", "sdpa"]),
+    ("--segment_length 64", ["unknown flag", "--segment_length"]),
+    ("--model_name_or_path no_embeds --attn_implementation eager --load_in_4bit false", ["--model_name_or_path", "llama, mistral"]),
+    ("--use_peft false --landmark_embedding frozen_mean", ["--use_peft", "--landmark_embedding", "trains nothing"]),
+    ("--curriculum_stages 2", ["--curriculum_stages", "2 × `--context_length` 200", "window of 256"]),
+    ("--curriculum_stages 2 --dry_run", ["--curriculum_stages", "window of 256"]),
+    ("--task text", ["--task text", "--text_path"]),
+    ("--text_path nowhere.txt", ["--text_path", "nowhere.txt", "does not exist"]),
+    ("--text_path full/mine.txt", ["--text_path", "mine.txt", "tokens"]),
+]  # fmt: skip
+
 LRMT = [
     ("evaluate --adapter_path nowhere --task passkey", ["--adapter_path", "nowhere"]),
     ("evaluate --adapter_path foreign --task passkey --lengths 1", ["--adapter_path", "foreign", "another backbone", "name that one"]),
@@ -168,8 +191,21 @@ def test_training(world, backbones, run_recipe, small_flags, monkeypatch, capfd,
     flags += [str(backbones["mistral"]) if flag == "MISTRAL" else flag for flag in command.split()]
 
     def call():
-        with exit_on_usage_error():
+        with exit_on_error():
             run_recipe("rmt_llama", *flags)
+
+    check(world, capfd, call, expected)
+
+
+@pytest.mark.parametrize(("command", "expected"), LANDMARK, ids=[command for command, _ in LANDMARK])
+def test_training_of_landmarks(world, backbones, run_recipe, monkeypatch, capfd, command, expected):
+    monkeypatch.chdir(world)
+    small = "--block_length 16 --context_length 200 --top_k 2 --num_digits 2 --stage_max_steps 2 --eval_samples 4"
+    flags = [*small.split(), "--model_name_or_path", backbones["llama"], "--output_dir", "new", *command.split()]
+
+    def call():
+        with exit_on_error():
+            run_recipe("landmark_llama", *flags)
 
     check(world, capfd, call, expected)
 

@@ -49,6 +49,30 @@ def test_throughput_runs(tmp_path):
     assert report["rows"][0]["ratio"] == 1 and all(r["tokens_per_second"] > 0 for r in report["rows"])
 
 
+def test_landmark_benchmarks_run(tmp_path):
+    def run(name, *flags):
+        command = [
+            sys.executable,
+            f"benchmarks/{name}.py",
+            "--hidden_size",
+            "64",
+            "--layers",
+            "1",
+            "--rounds",
+            "1",
+            *flags,
+        ]
+        done = subprocess.run([*command, "--output_dir", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return json.loads((tmp_path / f"{name}.json").read_text())["rows"]
+
+    rows = run("landmark_throughput", "--tokens", "96", "--block_length", "8")
+    assert [r["attention"] for r in rows] == ["full", "landmark"] and all(r["tokens_per_second"] > 0 for r in rows)
+    rows = run("landmark_read", "--tokens", "9000", "27000", "--block_length", "4", "--context_length", "128")
+    if not torch.cuda.is_available():  # tensors are counted exactly: what is not stored may not grow
+        assert rows[1]["near_ratio"] < 1.05 and rows[1]["blocks_mib"] >= 2 * rows[0]["blocks_mib"]
+
+
 def bytes_saved_for_backward(segments, checkpoint_segments):
     """Bytes that autograd holds between forward and backward: every storage once, the weights aside."""
     torch.manual_seed(0)

@@ -120,9 +120,10 @@ def test_configs_parse_and_open_with_their_launch_line(path, monkeypatch):
     recipe = RECIPES[0].parent / re.search(r"recipes/(\w+\.py)", opening[0])[1]
     default = f'"{path.name}"' in recipe.read_text()
     assert default or f"--config recipes/configs/{path.name}" in opening[0]
-    parsed = parse_recipe(recipe, ["--config", str(path)], monkeypatch)
-    values = {key: value for arguments in parsed[1:] for key, value in vars(arguments).items()}
     wanted = yaml.safe_load("\n".join(lines))
+    of_the_user = ["--text_path", "books"] if wanted["task"] == "text" else []
+    parsed = parse_recipe(recipe, ["--config", str(path), *of_the_user], monkeypatch)
+    values = {key: value for arguments in parsed[1:] for key, value in vars(arguments).items()}
     for key, value in wanted.items():
         got = getattr(values[key], "value", values[key])
         assert got == value or float(got) == float(value), key

@@ -11,13 +11,14 @@ from transformers import LlamaConfig
 
 from lrmt.arguments import (
     CurriculumArguments,
+    LandmarkArguments,
     ModelArguments,
     RmtArguments,
     TaskArguments,
     TrainingArguments,
     parse_arguments,
 )
-from lrmt.models.rmt import RmtConfig
+from lrmt.models import LandmarkConfig, RmtConfig
 from lrmt.tasks.curriculum import Curriculum
 
 ROOT = Path(__file__).parents[1]
@@ -28,11 +29,16 @@ PUBLISHED = {
     "lora_dropout": 0.1, "learning_rate": 3e-4, "lr_scheduler_type": "linear", "warmup_steps": 0.1, "max_grad_norm": 1.0,
     "bf16": True, "dtype": "bfloat16", "load_in_4bit": True, "task": "qa1,qa2,qa3", "max_n_facts": 102,
 }  # fmt: skip
+PUBLISHED_LANDMARK = {
+    "lora_r": 64, "lora_alpha": 16, "learning_rate": 1.5e-4, "top_k": 4, "bf16": True, "dtype": "bfloat16", "load_in_4bit": True,
+    "task": "text",
+}  # fmt: skip
+METHODS = {"rmt": (RmtArguments, RmtConfig), "landmark": (LandmarkArguments, LandmarkConfig)}
 by_name = {"ids": lambda path: path.name}
 
 
-def parse(*flags, default=CONFIGS[0]):
-    types = (ModelArguments, TaskArguments, RmtArguments, CurriculumArguments, TrainingArguments)
+def parse(*flags, default=ROOT / "recipes" / "configs" / "rmt_tiny_llama.yaml", method="rmt"):
+    types = (ModelArguments, TaskArguments, METHODS[method][0], CurriculumArguments, TrainingArguments)
     return parse_arguments(*types, default_config=default, description="", args=list(map(str, flags)))
 
 
@@ -41,16 +47,17 @@ def named_files(text: str) -> set[str]:
 
 
 def test_there_is_one_for_each_backbone():
-    assert {path.name for path in CONFIGS} == {
-        "rmt_tiny_llama.yaml", "rmt_tiny_mistral.yaml", "rmt_llama3.2_1b.yaml", "rmt_llama3.1_8b.yaml", "rmt_mistral_7b.yaml"
-    }  # fmt: skip
+    backbones = ("tiny_llama", "tiny_mistral", "llama3.2_1b", "llama3.1_8b", "mistral_7b")
+    assert {path.name for path in CONFIGS} == {f"{method}_{name}.yaml" for method in METHODS for name in backbones}
 
 
 @pytest.mark.parametrize("path", CONFIGS, **by_name)
 def test_config_parses_to_a_run(path):
-    model, task, rmt, curriculum, training = parse("--config", path)
+    method = path.name.split("_")[0]
+    flags = ["--text_path", "books"] if "text_path" in path.read_text() else []
+    model, task, settings, curriculum, training = parse("--config", path, *flags, method=method)
     assert model.model_name_or_path == yaml.safe_load(path.read_text())["model_name_or_path"]
-    RmtConfig(num_memory_tokens=rmt.num_memory_tokens, segment_length=rmt.segment_length)
+    METHODS[method][1](**vars(settings))
     Curriculum(curriculum.curriculum_stages, curriculum.stage_max_steps, curriculum.promotion_accuracy)
     assert (model.dtype == "bfloat16") == training.bf16  # DeepSpeed wants them to agree
 
@@ -60,7 +67,7 @@ def test_config_opens_with_its_launch_lines_and_explains_every_key(path):
     lines = path.read_text().splitlines()
     assert all(line.startswith("# ") for line in lines[:3])
     assert lines[1].startswith("# accelerate launch ") and "--" in lines[2]
-    recipe = "rmt_mistral.py" if "mistral" in path.name else "rmt_llama.py"
+    recipe = f"{path.name.split('_')[0]}_{'mistral' if 'mistral' in path.name else 'llama'}.py"
     assert f"recipes/{recipe}" in lines[1]
     assert all((ROOT / name).is_file() for name in named_files(path.read_text()))
     if "tiny" not in path.name:
@@ -75,10 +82,14 @@ def test_config_opens_with_its_launch_lines_and_explains_every_key(path):
 @pytest.mark.parametrize("path", [p for p in CONFIGS if "tiny" not in p.name], **by_name)
 def test_published_settings(path):
     config = yaml.safe_load(path.read_text())
-    assert {key: config[key] for key in PUBLISHED} == PUBLISHED
+    published = PUBLISHED if path.name.startswith("rmt") else PUBLISHED_LANDMARK
+    assert {key: config[key] for key in published} == published
     ranks = 8 if "8gpu" in path.read_text().splitlines()[1] else 1
     assert config["per_device_train_batch_size"] * config["gradient_accumulation_steps"] * ranks == 64
-    assert "qa4" in path.read_text()
+    if path.name.startswith("rmt"):
+        assert "qa4" in path.read_text()
+    else:
+        assert (config["block_length"], config["context_length"]) in ((64, 2048), (51, 512))
 
 
 @pytest.mark.parametrize("path", RECIPES, **by_name)
@@ -97,7 +108,8 @@ def test_help(run_recipe, path, capsys):
         run_recipe(path.stem, "--help")
     assert stop.value.code == 0
     out = capsys.readouterr().out
-    assert "accelerate launch" in out and "--segment_length" in out and "--curriculum_stages" in out
+    unit = "--segment_length" if path.stem.startswith("rmt") else "--context_length"
+    assert "accelerate launch" in out and unit in out and "--curriculum_stages" in out
 
 
 # ---------------------------------------------------------------------- plans

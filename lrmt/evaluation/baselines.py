@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
@@ -11,11 +12,13 @@ class Contender:
     """One column of the table.
 
     `generate(input_ids [B, T], attention_mask [B, T], **generation arguments)` returns [B, T + new].
+    `loss(input_ids [B, T], count)` returns [B], fp32: the mean negative log-likelihood of the last `count` tokens, < T.
     `window`: how many tokens of the END of a prompt it sees; None sees all.
     """
 
     name: str
     generate: Callable[..., torch.Tensor]
+    loss: Callable[[torch.Tensor, int], torch.Tensor]
     window: int | None = None
 
 
@@ -26,23 +29,44 @@ def build_contenders(model) -> list[Contender]:
     no LoRA) and "backbone" (no memory at all, the last `segment_length` tokens). A merged model holds no backbone to
     compare with and gives the first alone.
     """
-    trained = Contender(model.config.model_type, model.generate)
+
+    def loss(input_ids, count):
+        labels = input_ids.clone()
+        labels[:, :-count] = -100
+        return row_losses(model(input_ids=input_ids, labels=labels).logits, input_ids[:, -count:])
+
+    trained = Contender(model.config.model_type, model.generate, loss)
     if not hasattr(model, "disable_adapter"):
         return [trained]
     backbone = model.get_base_model().backbone
 
-    def without_adapter(generate):
-        def call(**arguments):
+    def backbone_loss(input_ids, count):
+        logits = backbone(input_ids=input_ids, logits_to_keep=count + 1, use_cache=False).logits
+        return row_losses(logits[:, -count - 1 : -1].flatten(0, 1), input_ids[:, -count:])
+
+    def without_adapter(function):
+        def call(*arguments, **named):
             with model.disable_adapter():
-                return generate(**arguments)
+                return function(*arguments, **named)
 
         return call
 
     return [
         trained,
-        Contender("untrained", without_adapter(model.generate)),
-        Contender("backbone", without_adapter(backbone.generate), window=model.config.segment_length),
+        Contender("untrained", without_adapter(model.generate), without_adapter(loss)),
+        Contender(
+            "backbone",
+            without_adapter(backbone.generate),
+            without_adapter(backbone_loss),
+            window=model.config.segment_length,
+        ),
     ]
+
+
+def row_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy of each row, [B] fp32, from logits [B * count, V], row by row, of `targets` [B, count]."""
+    losses = F.cross_entropy(logits.float(), targets.flatten(), reduction="none")
+    return losses.view(targets.shape).mean(1)
 
 
 @torch.inference_mode()

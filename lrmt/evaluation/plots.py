@@ -1,4 +1,4 @@
-"""The heat map of BABILong: tasks by context size, red to green."""
+"""The heat map of BABILong, tasks by context size, red to green; that of retrieval; and perplexity by context length."""
 
 import io
 
@@ -46,6 +46,65 @@ def draw_heatmap(records: list[dict]) -> bytes:
         spine.set_visible(False)
     bar = figure.colorbar(mesh, ax=axes, label="Accuracy, %", ticks=range(0, 101, 25), fraction=0.05, pad=0.02)
     bar.outline.set_visible(False)
+    return to_png(figure)
+
+
+def draw_retrieval(shares: np.ndarray, blocks: list[int]) -> bytes:
+    """A PNG of `shares [layers, blocks]`, each a share of the attention in 0..1; `blocks` are the numbers of the columns."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    num_layers = len(shares)
+    width, height = min(0.45 * len(blocks), 24), min(0.45 * num_layers, 12)
+    figure = plt.figure(figsize=(max(width, 2.2) + 2.2, max(height, 1) + 1.2), layout="constrained")
+    axes = figure.add_subplot()
+    mesh = axes.pcolormesh(100 * shares, cmap="Blues", vmin=0, edgecolors="white", linewidth=0.5)
+    step = max(1, round(0.45 * len(blocks) / width))  # as many labels as there is room for
+    axes.set_xticks(np.arange(0, len(blocks), step) + 0.5, blocks[::step], rotation=90 if blocks[-1] > 999 else 0)
+    step = max(1, round(0.45 * num_layers / height))
+    axes.set_yticks(np.arange(0, num_layers, step) + 0.5, range(0, num_layers, step))
+    axes.tick_params(length=0)
+    axes.invert_yaxis()
+    axes.set_xlabel("Block")
+    axes.set_ylabel("Layer")
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    bar = figure.colorbar(mesh, ax=axes, label="Share of the attention, %", fraction=0.05, pad=0.02)
+    bar.outline.set_visible(False)
+    return to_png(figure)
+
+
+def draw_perplexity(records: list[dict]) -> bytes:
+    """A PNG with a line for each model: perplexity, with its standard error, against context tokens on a log axis."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure = plt.figure(figsize=(6.4, 4.0), layout="constrained")
+    axes = figure.add_subplot()
+    for model in dict.fromkeys(record["model"] for record in records):
+        line = sorted((r for r in records if r["model"] == model), key=lambda r: r["length_tokens"])
+        tokens, values = ([r[key] for r in line] for key in ("length_tokens", "perplexity"))
+        errors = [r["perplexity"] * (r["nll_stderr"] or 0.0) for r in line]
+        axes.errorbar(tokens, values, errors, marker="o", capsize=3, label=model)
+    ticks = sorted({record["length_tokens"] for record in records})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [format_tokens(n) for n in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("Context, tokens")
+    axes.set_ylabel("Perplexity")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    return to_png(figure)
+
+
+def to_png(figure) -> bytes:
+    """Draws a figure and closes it."""
+    import matplotlib.pyplot as plt
+
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
     plt.close(figure)

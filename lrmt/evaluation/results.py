@@ -24,14 +24,14 @@ def build_record(model: str, task: str, length_tokens: int, segments: int, succe
 
 
 class ResultsFolder:
-    """An output folder: results.json, heatmap.png, and settings.json, which says of which evaluation they are.
+    """An output folder: records (`name`), a figure, and settings.json, which says of which evaluation they are.
 
     Opening reads and checks but writes nothing. Raises UsageError for a folder that holds anything else, unless
     `overwrite`; other files are never touched.
     """
 
-    def __init__(self, path, identity: dict, overwrite: bool = False):
-        self.path, self.identity, self.records = Path(path), identity, []
+    def __init__(self, path, identity: dict, overwrite: bool = False, name: str = "results.json"):
+        self.path, self.identity, self.name, self.records = Path(path), identity, name, []
         self.resumed = not overwrite and self._read()
 
     def _read(self) -> bool:
@@ -40,7 +40,7 @@ class ResultsFolder:
         remedy = "name another --output_dir, or give --overwrite"
         try:
             found = json.loads((self.path / "settings.json").read_text())
-            self.records = json.loads((self.path / "results.json").read_text())
+            self.records = json.loads((self.path / self.name).read_text())
         except (OSError, ValueError):
             raise UsageError(f"--output_dir {self.path} is not empty and holds no evaluation; {remedy}") from None
         for key, value in self.identity.items():
@@ -56,7 +56,7 @@ class ResultsFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if not self.resumed:
-                self.write("results.json", to_json([]))
+                self.write(self.name, to_json([]))
                 self.write("settings.json", to_json(self.identity))
         except OSError as error:
             raise UsageError(f"--output_dir {self.path} cannot be written ({error.strerror}); name another") from None
@@ -69,13 +69,17 @@ class ResultsFolder:
 
     def add(self, records: list[dict]):
         self.records += records
-        self.write("results.json", to_json(self.records))
+        self.write(self.name, to_json(self.records))
 
     def write(self, name: str, content: str | bytes):
-        """Writes under a temporary name and renames, so that a reader never sees half a file."""
-        temporary = self.path / f".{name}.{os.getpid()}.tmp"
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(temporary, self.path / name)
+        write_whole(self.path / name, content)
+
+
+def write_whole(path: Path, content: str | bytes):
+    """Writes under a temporary name and renames, so that a reader never sees half a file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+    os.replace(temporary, path)
 
 
 def to_json(value) -> str:
@@ -85,7 +89,12 @@ def to_json(value) -> str:
     return json.dumps(value, indent=2) + "\n"
 
 
-def format_table(records: list[dict]) -> str:
+def format_cell(record: dict) -> str:
+    accuracy, low, high = (100 * record[key] for key in ("accuracy", "ci_low", "ci_high"))
+    return f"{accuracy:5.1f} [{low:4.1f}, {high:5.1f}]"
+
+
+def format_table(records: list[dict], caption: str = "accuracy in %, 95 % interval", format_cell=format_cell) -> str:
     """The records as plain text: for each task a block with a row for each length and a column for each model."""
     models = list(dict.fromkeys(record["model"] for record in records))
     blocks = []
@@ -96,13 +105,8 @@ def format_table(records: list[dict]) -> str:
             found = [of_task.get((tokens, segments, model)) for model in models]
             rows.append([str(segments), f"{tokens:,}", *("-" if r is None else format_cell(r) for r in found)])
         n = "/".join(str(n) for n in sorted({r["n"] for r in of_task.values()}))
-        blocks.append(f"{task}: accuracy in %, 95 % interval, n = {n}\n{align(rows)}")
+        blocks.append(f"{task}: {caption}, n = {n}\n{align(rows)}")
     return "\n\n".join(blocks)
-
-
-def format_cell(record: dict) -> str:
-    accuracy, low, high = (100 * record[key] for key in ("accuracy", "ci_low", "ci_high"))
-    return f"{accuracy:5.1f} [{low:4.1f}, {high:5.1f}]"
 
 
 def align(rows: list[list[str]]) -> str:

@@ -1,16 +1,18 @@
 """`lrmt evaluate`: from settings to results.json, heatmap.png and a table."""
 
+import contextlib
+
 import torch
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
 import lrmt
-from lrmt.errors import UsageError
+from lrmt.errors import UsageError, one_line
 from lrmt.evaluation.baselines import build_contenders
 from lrmt.evaluation.grid import measure_cell
 from lrmt.evaluation.plots import draw_heatmap
 from lrmt.evaluation.results import ResultsFolder, format_table
-from lrmt.evaluation.settings import EvaluationSettings
+from lrmt.evaluation.settings import READING, EvaluationSettings
 from lrmt.models import LongContextConfig
 from lrmt.tasks import Background, build_task
 
@@ -32,17 +34,14 @@ def run_evaluation(settings: EvaluationSettings) -> list[dict]:
     for name, task in tasks.items():  # the shortest cell of each: a length that nothing fits into is refused here
         task.example(0, (next(segments for cell, segments in cells if cell == name) or 0) * segment_length)
 
-    model = load_model(settings)
-    contenders = build_contenders(model)
-    if len(contenders) == 1:
-        print("merged model: no adapter to disable, so the columns untrained and backbone are left out")
+    model, contenders = open_contenders(settings)
     folder.prepare()
     pending = [(cell, [c for c in contenders if not folder.has(c.name, *cell)]) for cell in cells]
     pending = [(cell, todo) for cell, todo in pending if todo]
     with tqdm(total=sum(samples[cell] * len(todo) for cell, todo in pending), unit="answer", smoothing=0.05) as bar:
         for (name, segments), todo in pending:
             bar.set_description(name if segments is None else f"{name}, {segments} seg.")
-            try:
+            with refuse_too_large_batches(settings.batch_size):
                 records = measure_cell(
                     todo,
                     tasks[name],
@@ -55,11 +54,6 @@ def run_evaluation(settings: EvaluationSettings) -> list[dict]:
                     device=model.device,
                     progress=bar,
                 )
-            except torch.OutOfMemoryError:
-                raise UsageError(
-                    f"--batch_size {settings.batch_size} is too large for this device; lower it and start again: "
-                    "finished cells are kept"
-                ) from None
             folder.add(records)
     folder.write("heatmap.png", draw_heatmap(folder.records))
     print(f"\n{format_table(folder.records)}\n")
@@ -69,12 +63,40 @@ def run_evaluation(settings: EvaluationSettings) -> list[dict]:
     return folder.records
 
 
+@contextlib.contextmanager
+def refuse_too_large_batches(batch_size: int):
+    """Turns running out of memory into a UsageError."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise UsageError(
+            f"--batch_size {batch_size} is too large for this device; lower it and start again: finished cells are kept"
+        ) from None
+
+
+def open_contenders(settings: EvaluationSettings) -> tuple:
+    """The model and its contenders; says so when there is one only."""
+    model = load_model(settings)
+    contenders = build_contenders(model)
+    if len(contenders) == 1:
+        print("merged model: no adapter to disable, so the columns untrained and backbone are left out")
+    return model, contenders
+
+
 def load_model(settings: EvaluationSettings):
+    """The model to evaluate, its untrained memory drawn from the seed."""
+    torch.manual_seed(settings.seed)
+    return load_on_device(settings)
+
+
+def load_on_device(settings):
     """The model on the first GPU, or on the CPU where there is none."""
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(settings.seed)  # the untrained memory is drawn anew
     device_map = None if device == "cpu" else {"": device}
-    model = lrmt.load(settings.adapter_path, load_in_4bit=settings.load_in_4bit, device_map=device_map).eval()
+    reading = {name: getattr(settings, name) for name in READING if getattr(settings, name) is not None}
+    model = lrmt.load(
+        settings.adapter_path, load_in_4bit=settings.load_in_4bit, device_map=device_map, **reading
+    ).eval()
     return model if hasattr(model, "disable_adapter") else model.to(device)
 
 
@@ -109,13 +131,17 @@ def count_samples(task, length: int, num_samples: int | None) -> int:
 
 
 def read_segment_length(path) -> int:
+    return read_config(path).segment_length
+
+
+def read_config(path) -> LongContextConfig:
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise UsageError(f"--adapter_path {path}: config.json cannot be read ({one_line(error)})") from None
     if not isinstance(config, LongContextConfig):
         raise UsageError(f"--adapter_path {path} is a {config.model_type}, not an lrmt model; give what training wrote")
-    return config.segment_length
+    return config
 
 
 def load_tokenizer(path):
@@ -123,7 +149,3 @@ def load_tokenizer(path):
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise UsageError(f"--adapter_path {path} has no tokenizer that can be read ({one_line(error)})") from None
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

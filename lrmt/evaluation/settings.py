@@ -1,18 +1,22 @@
-"""What `lrmt evaluate` is asked to do: every field is the flag of the same name, checked on construction."""
+"""What `lrmt evaluate` and `lrmt inspect` are asked to do: every field is the flag of the same name, checked on construction."""
 
-import difflib
 import hashlib
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from lrmt import __version__
-from lrmt.errors import UsageError
+from lrmt.errors import UsageError, suggest
 from lrmt.evaluation.metrics import RULES, TASK_LABELS
 
 TASKS = ("passkey", *sorted(TASK_LABELS, key=lambda name: int(name[2:])))
 SPLITS = ("train", "validation", "test")
 DEFAULT_LENGTHS = ("1", "2", "4", "8", "16", "32")
+PERPLEXITY_LENGTHS = ("1", "2", "4", "8")
+
+#: how landmark attention reads, if otherwise than it was trained
+READING = ("top_k", "retrieval", "offload_blocks")
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,7 @@ class EvaluationSettings:
     task: tuple[str, ...] = ()
     lengths: tuple[str, ...] = ()
     dataset_name: str | None = None
+    text_path: str | None = None
     num_samples: int | None = None
     batch_size: int = 8
     seed: int = 0
@@ -33,18 +38,18 @@ class EvaluationSettings:
     question_position: str = "last"
     max_n_facts: int | None = None
     load_in_4bit: bool | None = None
+    top_k: int | None = None
+    retrieval: str | None = None
+    offload_blocks: bool | None = None
     scoring: str = "official"
     output_dir: str | None = None
     overwrite: bool = False
 
     def __post_init__(self):
-        adapter = Path(self.adapter_path)
-        if not adapter.is_dir():
-            raise UsageError(f"--adapter_path must be a folder that training or merging wrote; got {self.adapter_path}")
-        if not (adapter / "config.json").is_file():
-            there = ", ".join(sorted(file.name for file in adapter.iterdir())[:10]) or "nothing"
-            raise UsageError(f"--adapter_path {adapter} has no config.json, so it is no lrmt model; it holds: {there}")
-        if self.dataset_name is None:
+        check_model_folder(self.adapter_path)
+        if self.measures_perplexity or self.text_path is not None:
+            self._check_perplexity()
+        elif self.dataset_name is None:
             self._check_generated_tasks()
         else:
             self._check_dataset()
@@ -70,10 +75,32 @@ class EvaluationSettings:
 
     def _check_generated_tasks(self):
         if not self.task:
-            raise UsageError("give --task (passkey, qa1, … qa20) or --dataset_name (a .jsonl file of your own rows)")
+            raise UsageError(
+                "give --task (passkey, qa1, … qa20, perplexity) or --dataset_name (a .jsonl file of your own rows)"
+            )
         for name in self.task:
             if name not in TASKS:
-                raise UsageError(f"--task must be one of passkey, qa1, … qa20; got {name!r}{suggest(name, TASKS)}")
+                got = f"{name!r}{suggest(name, (*TASKS, 'perplexity'))}"
+                raise UsageError(f"--task must be one of passkey, qa1, … qa20, perplexity; got {got}")
+        for length in self.lengths:
+            parse_length(length)
+
+    def _check_perplexity(self):
+        if not self.measures_perplexity:
+            got = f"--task {' '.join(self.task)}" if self.task else "no --task"
+            raise UsageError(
+                f"--text_path is of --task perplexity; got {got}. Leave --text_path out, or name that task"
+            )
+        others = [name for name in self.task if name != "perplexity"]
+        others += ["--dataset_name"] if self.dataset_name is not None else []
+        if others:
+            raise UsageError(
+                f"--task perplexity stands alone; got {' '.join(others)} too. Give it a command of its own"
+            )
+        if not self.text_path:
+            raise UsageError(
+                "--task perplexity needs --text_path; got none. Name a folder of .txt files, a .txt or .jsonl file or a Hub id"
+            )
         for length in self.lengths:
             parse_length(length)
 
@@ -85,18 +112,24 @@ class EvaluationSettings:
 
     @property
     def folder(self) -> Path:
-        """Where results.json, settings.json and heatmap.png go."""
-        return Path(self.output_dir) if self.output_dir else Path(self.adapter_path) / "evaluation"
+        """Where results.json, settings.json and heatmap.png go; perplexities have a folder of their own."""
+        name = "perplexity" if self.measures_perplexity else "evaluation"
+        return Path(self.output_dir) if self.output_dir else Path(self.adapter_path) / name
+
+    @property
+    def measures_perplexity(self) -> bool:
+        return "perplexity" in self.task
 
     def cells(self, segment_length: int) -> list[tuple[str, int | None]]:
         """The (task, segments) pairs to measure, without repeats; the user's own rows have no set length (None)."""
         if self.dataset_name:
             return [("dataset", None)]
-        segments = sorted({parse_length(text, segment_length) for text in self.lengths or DEFAULT_LENGTHS})
+        default = PERPLEXITY_LENGTHS if self.measures_perplexity else DEFAULT_LENGTHS
+        segments = sorted({parse_length(text, segment_length) for text in self.lengths or default})
         return [(task, n) for task in dict.fromkeys(self.task) for n in segments]
 
     def identity(self) -> dict:
-        """Whatever changes an accuracy; two runs of one identity may share an output folder.
+        """Whatever changes a measurement; two runs of one identity may share an output folder.
 
         Tasks and lengths are not part of it (they name cells), nor is the batch size.
         """
@@ -107,7 +140,10 @@ class EvaluationSettings:
             "split": self.split,
             "scoring": self.scoring,
             "load_in_4bit": self.load_in_4bit,
+            "top_k": self.top_k,
+            "retrieval": self.retrieval,
             "dataset_name": fingerprint(self.dataset_name),
+            "text_path": fingerprint_text(self.text_path),
             "babi_dir": resolve(self.babi_dir),
             "background_dir": resolve(self.background_dir),
             "num_digits": self.num_digits,
@@ -115,6 +151,64 @@ class EvaluationSettings:
             "max_n_facts": self.max_n_facts,
             "version": __version__,
         }
+
+
+@dataclass(frozen=True)
+class InspectionSettings:
+    """Settings of one inspection; raises UsageError, one line, for whatever cannot work."""
+
+    adapter_path: str
+    input: str
+    question: str | None = None
+    max_new_tokens: int = 16
+    top: int = 5
+    load_in_4bit: bool | None = None
+    top_k: int | None = None
+    retrieval: str | None = None
+    offload_blocks: bool | None = None
+    output_dir: str | None = None
+    overwrite: bool = False
+
+    def __post_init__(self):
+        check_model_folder(self.adapter_path)
+        for flag in ("max_new_tokens", "top"):
+            if getattr(self, flag) < 1:
+                raise UsageError(f"--{flag} must be at least 1; got {getattr(self, flag)}")
+        if not self.text.strip():
+            raise UsageError(f"--input {self.input} is empty; name a text file")
+        if self.question is not None and not self.question.strip():
+            raise UsageError("--question is empty; leave it out to let the text go on")
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UsageError(f"--output_dir must be a folder; {self.folder} is a file")
+        if not self.overwrite and self.folder.is_dir() and any(self.folder.iterdir()):
+            raise UsageError(f"--output_dir {self.folder} is not empty; name another, or give --overwrite")
+
+    @cached_property
+    def text(self) -> str:
+        """What is to be read."""
+        try:
+            return Path(self.input).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UsageError(
+                f"--input {self.input} is not UTF-8 text (byte {error.start}); convert it, e.g. with iconv"
+            ) from None
+        except OSError as error:
+            raise UsageError(f"--input {self.input} cannot be read ({error.strerror}); name a text file") from None
+
+    @property
+    def folder(self) -> Path:
+        """Where retrieval.json and retrieval.png go."""
+        return Path(self.output_dir) if self.output_dir else Path(self.adapter_path) / "inspection"
+
+
+def check_model_folder(path: str):
+    """Raises UsageError unless there is a folder with a config.json."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise UsageError(f"--adapter_path must be a folder that training or merging wrote; got {path}")
+    if not (folder / "config.json").is_file():
+        there = ", ".join(sorted(file.name for file in folder.iterdir())[:10]) or "nothing"
+        raise UsageError(f"--adapter_path {folder} has no config.json, so it is no lrmt model; it holds: {there}")
 
 
 def parse_length(text: str, segment_length: int | None = None) -> int:
@@ -154,11 +248,10 @@ def fingerprint(path) -> str | None:
     return digest.hexdigest()[:16]
 
 
+def fingerprint_text(path) -> str | None:
+    """A digest of the file; the place of a folder; a name that is neither stays as it is."""
+    return resolve(path) if path is not None and Path(path).is_dir() else fingerprint(path)
+
+
 def resolve(path) -> str | None:
     return None if path is None else str(Path(path).resolve())
-
-
-def suggest(word: str, choices) -> str:
-    """'; did you mean …?' for a near miss, else nothing."""
-    near = difflib.get_close_matches(word, choices, n=1)
-    return f"; did you mean {near[0]}?" if near else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 from contextlib import nullcontext
 from typing import ClassVar
@@ -19,6 +20,8 @@ from transformers.utils import ModelOutput
 
 from lrmt.errors import UsageError
 
+generation_logger = logging.getLogger("transformers.generation.configuration_utils")
+
 
 class LongContextConfig(PreTrainedConfig):
     """What every method's config has: the backbone's config and where the backbone came from.
@@ -30,6 +33,8 @@ class LongContextConfig(PreTrainedConfig):
     """
 
     sub_configs: ClassVar[dict] = {"backbone_config": AutoConfig}
+    #: fields that say how a trained model reads, and may be changed when it is opened
+    reading_settings: ClassVar[tuple[str, ...]] = ()
 
     backbone_config: dict | PreTrainedConfig | None = None
     backbone_name: str | None = None
@@ -45,6 +50,9 @@ class LongContextConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         if self.backbone_config is not None:
             self.tie_word_embeddings = False  # the backbone ties its own
+
+    def check_training_length(self, num_segments: int) -> None:
+        """Raises `UsageError` if texts of so many segments cannot be trained on."""
 
     # DeepSpeed's "auto" settings and transformers' utilities look these up
     hidden_size = property(lambda self: self.backbone_config.hidden_size)
@@ -86,13 +94,21 @@ class State:
 
     def expand(self, batch_size: int) -> State:
         """Repeats each row so that a document read once answers a batch of questions."""
-        if batch_size == self.batch_size:
+        times = self._times(batch_size)
+        if times == 1:
             return self
-        if batch_size % self.batch_size:
-            raise ValueError(f"a state of {self.batch_size} rows cannot serve a batch of {batch_size}; read that batch")
-        times = batch_size // self.batch_size
         rows = {name: tensor.repeat_interleave(times, dim=0) for name, tensor in self.tensors().items()}
         return dataclasses.replace(self, **rows, cache=None)
+
+    def _times(self, batch_size: int) -> int:
+        if batch_size % self.batch_size:
+            raise ValueError(f"a state of {self.batch_size} rows cannot serve a batch of {batch_size}; read that batch")
+        return batch_size // self.batch_size
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor], fingerprint: str, model: LongContextModel) -> State:
+        """The inverse of `tensors`."""
+        return cls(fingerprint=fingerprint, cache=None, **{name: t.to(model.device) for name, t in tensors.items()})
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes one safetensors file, under a temporary name first."""
@@ -120,7 +136,10 @@ class LongContextModel(PreTrainedModel, GenerationMixin):
     _supports_attention_backend = True
 
     def __init__(self, config: LongContextConfig, backbone: PreTrainedModel | None = None):
+        generation_logger.disabled = True  # transformers takes a `top_k` of ours for one of sampling, and warns
         super().__init__(config)
+        generation_logger.disabled = False
+        self._fingerprint: tuple = (None, None)
         self.backbone = AutoModelForCausalLM.from_config(config.backbone_config) if backbone is None else backbone
         if getattr(self.backbone, "generation_config", None) is not None:
             self.generation_config = type(self.backbone.generation_config).from_dict(
@@ -134,6 +153,19 @@ class LongContextModel(PreTrainedModel, GenerationMixin):
             backbone_config=backbone.config, backbone_name=backbone.config.name_or_path, **settings
         )
         return cls(config, backbone)
+
+    @classmethod
+    def trained_modules(cls, settings: dict) -> list[str]:
+        """Those of `memory_modules` that train under these settings."""
+        return list(cls.memory_modules)
+
+    def num_backbone_calls(self, input_ids: Tensor, attention_mask: Tensor | None = None, labels=None) -> int:
+        """How often `forward` runs the backbone on this batch: what must agree between ranks."""
+        return 1
+
+    def memory_norms(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[float]:
+        """Root-mean-square of the memory that each segment but the last writes; none where nothing is written."""
+        return []
 
     def get_input_embeddings(self):
         return self.backbone.get_input_embeddings()
@@ -167,13 +199,24 @@ class LongContextModel(PreTrainedModel, GenerationMixin):
         return super().generate(inputs, generation_config, **kwargs)
 
     def fingerprint(self) -> str:
-        """Identifies the model that made a state: its config, its memory, and the start of the backbone's embeddings."""
+        """Identifies the model that made a state: its settings, memory, LoRA, and the start of the backbone's embeddings."""
+        lora = [parameter for name, parameter in self.named_parameters() if ".lora_" in name]
+        embeddings = self.get_input_embeddings().weight
+        weights = [*self._memory_weights(), *lora]
+        # hashing takes a while, generation asks for every token, and in-place changes are counted by torch
+        made_of = [(tensor.data_ptr(), tensor._version) for tensor in (*weights, embeddings)]
+        if self._fingerprint[0] == made_of:
+            return self._fingerprint[1]
         settings = [self.config.model_type, self.config.backbone_config.model_type]
         settings += [getattr(self.config, name) for name in self.state_settings]
         digest = hashlib.sha256(json.dumps(settings).encode())
-        for tensor in [*self._memory_weights(), self.get_input_embeddings().weight[:4]]:
-            digest.update(tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
-        return digest.hexdigest()[:16]
+        with gathered(*weights, embeddings):
+            for tensor in [*weights, embeddings[:4]]:
+                digest.update(
+                    tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes()
+                )
+        self._fingerprint = made_of, digest.hexdigest()[:16]
+        return self._fingerprint[1]
 
     def _memory_weights(self) -> list[Tensor]:
         return []
@@ -181,7 +224,7 @@ class LongContextModel(PreTrainedModel, GenerationMixin):
     def load_state(self, path: str | os.PathLike) -> State:
         """Opens a file written by `State.save`; raises `UsageError` if another model wrote it."""
         try:
-            with safe_open(path, "pt", device=str(self.device)) as file:
+            with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         except Exception as error:
@@ -190,7 +233,7 @@ class LongContextModel(PreTrainedModel, GenerationMixin):
         if metadata.get("fingerprint") != mine:
             theirs = metadata.get("fingerprint", "none")
             raise UsageError(f"state {path} was made by another model ({theirs}, this is {mine}); read the text again")
-        return self.state_class(fingerprint=mine, cache=None, **tensors)
+        return self.state_class.from_tensors(tensors, mine, self)
 
 
 def gathered(*parameters: Tensor):

@@ -171,7 +171,8 @@ class RmtForCausalLM(LongContextModel):
         k = self.config.bptt_segments
         if k is None or k >= len(grid) or not torch.is_grad_enabled():
             return [(0, len(grid))]
-        return [(max(0, s - k + 1), s + 1) for s, segment in enumerate(grid) if segment.scored is not None]
+        scored = [s for s, segment in enumerate(grid) if segment.scored is not None]
+        return [(max(0, s - k + 1), s + 1) for s in scored or [len(grid) - 1]]
 
     def num_backbone_calls(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None
@@ -182,7 +183,7 @@ class RmtForCausalLM(LongContextModel):
             input_ids, attention_mask, labels, segment_length=config.segment_length, alignment=config.segment_alignment
         )
         windows = self._windows(grid)
-        return (windows[-1][0] if windows else 0) + sum(end - begin for begin, end in windows)
+        return windows[-1][0] + sum(end - begin for begin, end in windows)
 
     @torch.no_grad()
     def memory_norms(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[float]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
+import os
+import tempfile
 from pathlib import Path
 
 import torch
@@ -36,7 +37,7 @@ def merge_adapter(
     """
     if merge_base not in ("original", "nf4_roundtrip"):
         raise UsageError(f"`--merge_base` must be original or nf4_roundtrip; got {merge_base}")
-    output = Path(output_dir)
+    output = Path(output_dir).resolve()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UsageError(f"`--output_dir` {output} is not empty; name another folder")
     as_trained = load(adapter_path)
@@ -45,30 +46,31 @@ def merge_adapter(
     config = as_trained.get_base_model().config
     length = config.segment_length
     ids = torch.randint(0, config.vocab_size, (2, 2 * length + length // 2), generator=torch.Generator().manual_seed(0))
-    model = load(adapter_path, load_in_4bit=False, dtype=dtype)
-    if merge_base == "nf4_roundtrip":
-        packed = as_trained if config.backbone_quantization else load(adapter_path, load_in_4bit=True)
-        copy_dequantised_(model.get_base_model().backbone, packed.get_base_model().backbone)
-        del packed
     keep_4bit_trainable(as_trained)  # or CPUs compute in bf16, whatever it was trained in
     trained_logits = _logits(as_trained, ids)
     del as_trained
+    model = load(adapter_path, load_in_4bit=False, dtype=dtype)
+    if merge_base == "nf4_roundtrip":
+        packed = load(adapter_path, load_in_4bit=True)
+        copy_dequantised_(model.get_base_model().backbone, packed.get_base_model().backbone)
+        del packed
     unmerged_logits = _logits(model, ids)
     merged = model.merge_and_unload()
     merged.config.backbone_quantization = None
-    merged.memory_embedding.to(getattr(torch, dtype))
+    for name in merged.memory_modules:
+        merged.get_submodule(name).to(getattr(torch, dtype))
     merged_logits = _logits(merged, ids)
     gaps = {
         "same_base": _gap(merged_logits, unmerged_logits),
         "as_trained": _gap(merged_logits, trained_logits),
     }
-    temporary = output.with_name(output.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    merged.save_pretrained(temporary)
-    AutoTokenizer.from_pretrained(adapter_path).save_pretrained(temporary)
-    if output.is_dir():
-        output.rmdir()
-    temporary.rename(output)
+    output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f"{output.name}.") as temporary:
+        merged.save_pretrained(temporary)
+        AutoTokenizer.from_pretrained(adapter_path).save_pretrained(temporary)
+        # config.json last: without it the folder is nobody's model
+        for path in sorted(Path(temporary).iterdir(), key=lambda path: path.name == "config.json"):
+            os.replace(path, output / path.name)
     return gaps
 
 

@@ -1,16 +1,16 @@
 """What is to be remembered: every task turns (split, seed, index, length) into one tokenised example."""
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
-from lrmt.errors import UsageError
+from lrmt.errors import UsageError, suggest
 from lrmt.tasks.babilong import BabilongTask
 from lrmt.tasks.background import Background, ProceduralProse
 from lrmt.tasks.base import SPLITS, Example, Task, derive_rng
 from lrmt.tasks.collate import collate
 from lrmt.tasks.dataset import DatasetTask
 from lrmt.tasks.passkey import PasskeyTask
+from lrmt.tasks.text import TextTask
 
 __all__ = ["Background", "Example", "MixedTask", "ProceduralProse", "Task", "build_task", "collate"]
 
@@ -23,6 +23,10 @@ def _dataset(name, tokenizer, options):
     return DatasetTask(
         tokenizer, **_only(options, "dataset_path split seed segment_length dataset_config dataset_split")
     )
+
+
+def _text(name, tokenizer, options):
+    return TextTask(tokenizer, **_only(options, "text_path split seed dataset_config dataset_split"))
 
 
 def _babilong(name, tokenizer, options):
@@ -41,7 +45,7 @@ def _only(options: dict, names: str) -> dict:
     return {name: options[name] for name in names.split()}
 
 
-TASKS = {"passkey": _passkey, "dataset": _dataset} | {f"qa{n}": _babilong for n in range(1, 21)}
+TASKS = {"passkey": _passkey, "dataset": _dataset, "text": _text} | {f"qa{n}": _babilong for n in range(1, 21)}
 
 
 class MixedTask(Task):
@@ -69,6 +73,7 @@ def build_task(
     dataset_path: str | Path | None = None,
     dataset_config: str | None = None,
     dataset_split: str | None = None,
+    text_path: str | Path | None = None,
     num_digits: int = 5,
     depth: float | None = None,
     max_n_facts: int | None = None,
@@ -77,25 +82,20 @@ def build_task(
     task_end_pct: float = 1.0,
     early_facts_share: float = 0.0,
 ) -> Task:
-    """Build a task by name: passkey, qa1..qa20, dataset, or a mixture such as "qa1,qa2".
+    """Build a task by name: passkey, qa1..qa20, dataset, text, or a mixture such as "qa1,qa2".
 
     `background` is a Background, a text file, a folder or a list of them; built-in prose when None. Options that a
     task does not know are left alone. Raises UsageError for an unknown name or split, and for bad options.
     """
     options = dict(locals())
     if split not in SPLITS:
-        raise UsageError(f"split must be one of {', '.join(SPLITS)}; got {split!r}{_hint(split, SPLITS)}")
+        raise UsageError(f"split must be one of {', '.join(SPLITS)}; got {split!r}{suggest(split, SPLITS)}")
     if not 0 <= early_facts_share <= 1:
         raise UsageError(f"--early_facts_share must lie in [0, 1]; got {early_facts_share}")
     names = [part.strip() for part in name.split(",")]
     for part in names:
         if part not in TASKS:
-            known = "passkey, qa1..qa20, dataset"
-            raise UsageError(f"--task {part!r} is unknown; known: {known}{_hint(part, TASKS)}")
+            known = "passkey, qa1..qa20, dataset, text"
+            raise UsageError(f"--task {part!r} is unknown; known: {known}{suggest(part.lower(), TASKS)}")
     tasks = [TASKS[part](part, tokenizer, options) for part in names]
     return tasks[0] if len(tasks) == 1 else MixedTask(tasks, split=split, seed=seed)
-
-
-def _hint(given: str, known) -> str:
-    close = difflib.get_close_matches(given.lower(), list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""

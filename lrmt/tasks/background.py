@@ -28,7 +28,7 @@ class Background:
     """
 
     def __init__(self, paths: str | Path | Sequence[str | Path], tokenizer, cache_dir: str | Path | None = None):
-        files = _text_files([paths] if isinstance(paths, str | Path) else paths)
+        files = text_files([paths] if isinstance(paths, str | Path) else paths)
         texts = [strip_gutenberg(f.read_text(encoding="utf-8-sig", errors="replace")) for f in files]
         cache_dir = Path(cache_dir or os.environ.get("LRMT_CACHE") or Path.home() / ".cache" / "lrmt")
         cache = cache_dir / f"background-{_fingerprint(texts, tokenizer)}.npz"
@@ -85,20 +85,21 @@ def _tokenise(books: Iterable[Sequence[str]], pieces: Pieces) -> tuple[np.ndarra
     return flat, np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64), np.array(starts)
 
 
-def _text_files(paths: Sequence[str | Path]) -> list[Path]:
+def text_files(paths: Sequence[str | Path], flag: str = "--background_dir") -> list[Path]:
+    """The files, and every .txt of the folders; `flag` is what errors name."""
     files: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
             found = sorted(path.rglob("*.txt"))
             if not found:
                 there = ", ".join(sorted(p.name for p in path.iterdir())[:10]) or "nothing"
-                raise UsageError(f"--background_dir {path} has no .txt file; it holds: {there}")
+                raise UsageError(f"{flag} {path} has no .txt file; it holds: {there}")
             files.extend(found)
         elif path.is_file():
             files.append(path)
         else:
             there = ", ".join(sorted(p.name for p in path.parent.iterdir())[:10]) if path.parent.is_dir() else "nothing"
-            raise UsageError(f"--background_dir {path} does not exist; {path.parent} holds: {there}")
+            raise UsageError(f"{flag} {path} does not exist; {path.parent} holds: {there}")
     return files
 
 

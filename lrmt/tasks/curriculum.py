@@ -15,7 +15,8 @@ class Curriculum:
 
     Args:
         stages: longest text of each stage, in segments. max_steps: step limit of each stage (one number: of every stage).
-        promotion_accuracy: a stage ends early once held-out accuracy, 0..1, at its longest text reaches this.
+        promotion_accuracy: a stage ends early once held-out accuracy, 0..1, at its longest text reaches this. The last
+            one has none to promote to: it ends at its limit, where its learning-rate schedule ends.
         vary_lengths: draw min_segments..n segments in stage n, else always n. seed: of those draws.
     """
 
@@ -74,13 +75,13 @@ class Curriculum:
     def report(self, accuracy: float) -> str | None:
         """Takes the held-out accuracy, 0..1, and returns why the stage ends, or None if it goes on."""
         segments, step = self.segments, self.stage_step
-        if accuracy >= self.promotion_accuracy:
+        last = self.stage + 1 == len(self.stages)
+        if accuracy >= self.promotion_accuracy and not last:
             why = f"accuracy {accuracy:.3f} reached {self.promotion_accuracy:.3f} after {step} steps"
         elif step >= self.max_steps[self.stage]:
-            why = f"step limit {step} reached with accuracy {accuracy:.3f} below {self.promotion_accuracy:.3f}"
+            why = f"step limit {step} reached with accuracy {accuracy:.3f}"
         else:
             return None
-        last = self.stage + 1 == len(self.stages)
         message = f"stage {self.stage + 1} of {len(self.stages)} ({segments} segments) ends: {why}; "
         message += "curriculum finished" if last else f"next: up to {self.stages[self.stage + 1]} segments"
         self.history.append(message)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from lrmt.errors import UsageError
+from lrmt.errors import UsageError, one_line
 from lrmt.tasks.base import Example, Pieces, Task, check_segment, epoch_order, hold_out, join
 
 COLUMNS = ("input", "question", "target")  # the public BABILong schema
@@ -115,11 +115,16 @@ def _read_file(path: Path) -> list[dict]:
         try:
             return pq.read_table(path).to_pylist()
         except (pa.ArrowException, OSError) as error:
-            raise UsageError(f"--dataset_name {path} is no readable parquet file: {_one_line(error)}") from error
+            raise UsageError(f"--dataset_name {path} is no readable parquet file: {one_line(error)}") from error
+    return read_jsonl(path, "--dataset_name", COLUMNS)
+
+
+def read_jsonl(path: Path, flag: str, columns: Sequence[str]) -> list[dict]:
+    """The rows of a JSONL file, blank lines skipped; `flag` and `columns` are what errors name."""
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: JSON strings may hold U+2028
     except UnicodeDecodeError as error:
-        raise UsageError(f"--dataset_name {path} is not UTF-8 text: {_one_line(error)}") from error
+        raise UsageError(f"{flag} {path} is not UTF-8 text: {one_line(error)}") from error
     rows = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -129,7 +134,7 @@ def _read_file(path: Path) -> list[dict]:
         except json.JSONDecodeError as error:
             raise UsageError(f"{path}:{number} is not JSON ({error.msg}); give one object per line") from error
         if not isinstance(row, dict):
-            raise UsageError(f"{path}:{number} is no JSON object; give {{{', '.join(COLUMNS)}}} on each line")
+            raise UsageError(f"{path}:{number} is no JSON object; give {{{', '.join(columns)}}} on each line")
         rows.append(row)
     return rows
 
@@ -141,7 +146,7 @@ def _read_hub(name: str, config: str | None, split: str):
         return datasets.load_dataset(name, config, split=split)
     except Exception as error:  # the Hub client raises many kinds; the user needs one line
         at = f"--dataset_name {name}" + (f" --dataset_config {config}" if config else "") + f" --dataset_split {split}"
-        raise UsageError(f"cannot load {at}: {_one_line(error)}") from error
+        raise UsageError(f"cannot load {at}: {one_line(error)}") from error
 
 
 def _text_of(row: dict, column: str, where: str) -> str:
@@ -151,7 +156,3 @@ def _text_of(row: dict, column: str, where: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise UsageError(f"{where} has no text in {column!r} (got {value!r}); fill it in or remove the row")
     return value
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -8,13 +8,15 @@ from importlib.resources import files
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.constants import DUMMY_TARGET_MODULES
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from trl import get_peft_config, get_quantization_config
 
 from lrmt.arguments import ModelArguments
-from lrmt.errors import UsageError
+from lrmt.errors import UsageError, one_line
 from lrmt.models.base import LongContextModel, gathered
 
 
@@ -45,8 +47,7 @@ def open_pretrained(loader, name: str, **kwargs):
     except UsageError:
         raise
     except (OSError, ValueError, KeyError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UsageError(f"`--model_name_or_path` {name} cannot be loaded: {first}") from None
+        raise UsageError(f"`--model_name_or_path` {name} cannot be loaded: {one_line(error)}") from None
 
 
 def load_tokenizer(name: str, revision: str | None = None):
@@ -127,7 +128,7 @@ def build_model(
     model.config.backbone_name = model.name_or_path = model.config._name_or_path = model_args.model_name_or_path
     model.config.backbone_config._name_or_path = model_args.model_name_or_path
     peft_config = get_peft_config(model_args) or LoraConfig(task_type="CAUSAL_LM", target_modules=DUMMY_TARGET_MODULES)
-    peft_config.modules_to_save = list(model_class.memory_modules)
+    peft_config.modules_to_save = model_class.trained_modules(settings)
     peft_config.base_model_name_or_path = model_args.model_name_or_path
     if peft_config.target_modules is None:
         peft_config.target_modules = "all-linear"
@@ -144,7 +145,34 @@ def build_model(
     for parameter in peft_model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
+    if model_args.init_adapter_path is not None:
+        _start_from(peft_model, model_args.init_adapter_path)
     return peft_model
+
+
+def _start_from(model: PeftModel, path: str) -> None:
+    """Copies a trained adapter's LoRA and memory into a new one of the same method, backbone and shape."""
+    flag, folder = f"`--init_adapter_path` {path}", Path(path)
+    try:
+        weights = load_file(folder / "adapter_model.safetensors")
+        saved = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UsageError(f"{flag} is no adapter that training wrote: {one_line(error)}") from None
+    config = model.get_base_model().config
+    for name in ("model_type", "backbone_fingerprint"):
+        if saved.get(name) != getattr(config, name):
+            raise UsageError(
+                f"{flag} has {name} {saved.get(name)}; this run has {getattr(config, name)}; they must agree"
+            )
+    mine = {
+        name: tensor.shape for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()
+    }
+    theirs = {name: tensor.shape for name, tensor in weights.items()}
+    if mine != theirs:
+        name = next(name for name in sorted({*mine, *theirs}) if mine.get(name) != theirs.get(name))
+        got, want = (list(shapes[name]) if name in shapes else "none" for shapes in (theirs, mine))
+        raise UsageError(f"{flag} has {name} of shape {got}, this run {want}; use the same `--lora_r` and memory")
+    set_peft_model_state_dict(model, weights)
 
 
 def backbone_fingerprint(backbone: PreTrainedModel) -> str:

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 import lrmt
-from lrmt.errors import UsageError
+from lrmt.errors import TrainingFault, UsageError, one_line
 from lrmt.models.base import LongContextModel
 from lrmt.tasks.curriculum import Curriculum
 from lrmt.training.backbone import backbone_fingerprint, load_backbone
@@ -48,7 +48,7 @@ def save_adapter(
     adapter = f".{model.active_adapter}"  # PEFT leaves it out of the names in the file
     try:
         audit_adapter(temporary, [name.replace(".modules_to_save", "").replace(adapter, "") for name in trained])
-    except RuntimeError:
+    except TrainingFault:
         shutil.rmtree(temporary)
         raise
     for path in temporary.iterdir():
@@ -57,21 +57,21 @@ def save_adapter(
 
 
 def audit_adapter(directory: str | os.PathLike, expected: Iterable[str] = ()) -> None:
-    """Reopens a saved adapter; raises `RuntimeError` on an empty, missing (of those `expected`) or non-finite tensor."""
+    """Reopens a saved adapter; raises `TrainingFault` on an empty, missing (of those `expected`) or non-finite tensor."""
     with safe_open(Path(directory) / "adapter_model.safetensors", "pt") as file:
         names = list(file.keys())
         for name in names:
             tensor = file.get_tensor(name)
             if tensor.numel() == 0:
-                raise RuntimeError(f"saved adapter {directory}: tensor {name} is empty, of shape {list(tensor.shape)}")
+                raise TrainingFault(f"saved adapter {directory}: tensor {name} is empty, of shape {list(tensor.shape)}")
             if not bool(torch.isfinite(tensor.float()).all()):
-                raise RuntimeError(f"saved adapter {directory}: tensor {name} is not finite")
+                raise TrainingFault(f"saved adapter {directory}: tensor {name} is not finite")
     if missing := sorted(set(expected) - set(names)):
-        raise RuntimeError(f"saved adapter {directory}: {missing[0]} is missing, and {len(missing) - 1} more")
+        raise TrainingFault(f"saved adapter {directory}: {missing[0]} is missing, and {len(missing) - 1} more")
     modules = json.loads((Path(directory) / "adapter_config.json").read_text())["modules_to_save"] or []
     for module in modules:
         if not any(f".{module}." in f".{name}" for name in names):
-            raise RuntimeError(f"saved adapter {directory}: {module} is missing")
+            raise TrainingFault(f"saved adapter {directory}: {module} is missing")
 
 
 def _card(config) -> str:
@@ -93,12 +93,14 @@ def load(
     dtype: torch.dtype | str | None = None,
     model_name_or_path: str | None = None,
     device_map: dict | None = None,
+    **reading,
 ) -> PeftModel | LongContextModel:
     """Opens an adapter over its backbone, or a merged checkpoint, ready for `read` and `generate`.
 
     Args:
         path_or_hub_id: folder or Hub id. load_in_4bit: quantise the backbone (default: as the adapter was trained).
         dtype: of the backbone (default: as the adapter was trained). model_name_or_path: another place of the backbone.
+        reading: the method's `reading_settings` to be changed, for landmark attention `top_k`, `retrieval`, `offload_blocks`.
 
     Raises:
         UsageError: nothing there, a half-written folder, or an adapter of another backbone.
@@ -115,11 +117,11 @@ def load(
         there = ", ".join(sorted(p.name for p in parent.iterdir() if p.is_dir())[:8]) or "no folders"
         raise UsageError(f"`--adapter_path` {path_or_hub_id}: no such folder ({parent} holds {there})")
     if not (path / "adapter_config.json").exists() and (path / "config.json").exists():
-        return _load_merged(path, load_in_4bit, dtype)
+        return _load_merged(path, load_in_4bit, dtype, reading)
     missing = [name for name in ADAPTER_FILES if not (path / name).is_file()]
     if missing:
         raise UsageError(f"`--adapter_path` {path_or_hub_id}: not a whole adapter, {' and '.join(missing)} missing")
-    config = _read_config(path)
+    config = _read_config(path, reading)
     quantised = config.backbone_quantization is not None if load_in_4bit is None else load_in_4bit
     if dtype is None:
         dtype = config.backbone_config.dtype or (torch.bfloat16 if quantised else torch.float32)
@@ -152,31 +154,35 @@ def load(
     try:
         return PeftModel.from_pretrained(model, str(path)).eval()
     except Exception as error:
-        raise UsageError(f"`--adapter_path` {path_or_hub_id}: {str(error).strip().splitlines()[0]}") from None
+        raise UsageError(f"`--adapter_path` {path_or_hub_id}: {one_line(error)}") from None
 
 
-def _read_config(path: Path):
+def _read_config(path: Path, reading: dict):
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
-        raise UsageError(
-            f"`--adapter_path` {path}: config.json cannot be read ({str(error).splitlines()[0]})"
-        ) from None
+        raise UsageError(f"`--adapter_path` {path}: config.json cannot be read ({one_line(error)})") from None
     if not hasattr(config, "backbone_config"):
         raise UsageError(f"`--adapter_path` {path}: its config.json is not of an lrmt model but of {config.model_type}")
-    return config
+    for name in reading:
+        if name not in config.reading_settings:
+            known = ", ".join(config.reading_settings) or "none"
+            raise UsageError(
+                f"`--{name}` is no setting of how a {config.model_type} model reads (known: {known}); leave it out"
+            )
+    return type(config).from_dict(config.to_dict() | reading) if reading else config
 
 
-def _load_merged(path: Path, load_in_4bit: bool | None, dtype) -> LongContextModel:
+def _load_merged(path: Path, load_in_4bit: bool | None, dtype, reading: dict) -> LongContextModel:
     if load_in_4bit:
         raise UsageError(
             f"`--load_in_4bit`: {path} is a merged checkpoint, which is opened as saved; leave the flag out"
         )
-    _read_config(path)
+    config = _read_config(path, reading)
     try:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto").eval()
+        return AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype or "auto").eval()
     except Exception as error:
-        raise UsageError(f"`--adapter_path` {path}: {str(error).strip().splitlines()[0]}") from None
+        raise UsageError(f"`--adapter_path` {path}: {one_line(error)}") from None
 
 
 def _download(hub_id: str) -> Path:
@@ -185,9 +191,7 @@ def _download(hub_id: str) -> Path:
     try:
         return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "tokenizer*", "*.md"]))
     except Exception as error:
-        raise UsageError(
-            f"`--adapter_path` {hub_id}: no such folder, and the Hub says: {str(error).splitlines()[0]}"
-        ) from None
+        raise UsageError(f"`--adapter_path` {hub_id}: no such folder, and the Hub says: {one_line(error)}") from None
 
 
 def find_checkpoint(output_dir: str | os.PathLike, wanted: str | bool | None) -> str | None:
@@ -236,26 +240,24 @@ def _what_is_broken(checkpoint: Path) -> str | None:
     return None
 
 
-def check_resumable(checkpoint: str, model: PeftModel, curriculum: Curriculum) -> None:
-    """Raises `UsageError` if the checkpoint belongs to another backbone, memory, LoRA or curriculum."""
-    replace(curriculum).load_state_dict(json.loads(Path(checkpoint, POSITION_FILE).read_text()))
+def check_resumable(checkpoint: str, model: PeftModel, curriculum: Curriculum, identity: dict) -> None:
+    """Raises `UsageError` if the checkpoint belongs to another curriculum, backbone, memory, LoRA, task or batch.
+
+    Args:
+        identity: what must be as it was, by name of the flag; the checkpoint keeps it beside the curriculum's position.
+    """
+    position = json.loads(Path(checkpoint, POSITION_FILE).read_text())
+    replace(curriculum).load_state_dict(position)
     saved = json.loads(Path(checkpoint, "config.json").read_text())
-    mine = model.get_base_model().config.to_dict()
-    for name, value in mine.items():
-        if name in saved and name.split("_")[0] in ("num", "segment", "bptt") and saved[name] != value:
-            raise UsageError(
-                f"`--resume_from_checkpoint` {checkpoint}: trained with {name} {saved[name]}; got `--{name}` {value}"
-            )
-    if saved.get("backbone_fingerprint") != mine["backbone_fingerprint"]:
+    mine = model.get_base_model().config
+    if saved.get("backbone_fingerprint") != mine.backbone_fingerprint:
         raise UsageError(
             f"`--resume_from_checkpoint` {checkpoint}: trained on another backbone ({saved['backbone_name']}) than "
-            f"`--model_name_or_path` {mine['backbone_name']}; name that one"
+            f"`--model_name_or_path` {mine.backbone_name}; name that one"
         )
-    saved = json.loads(Path(checkpoint, "adapter_config.json").read_text())
-    lora = model.peft_config[model.active_adapter]
-    for name in ("r", "lora_alpha"):
-        if saved[name] != getattr(lora, name):
-            flag = f"lora_{name.removeprefix('lora_')}"
+    for name, value in identity.items():
+        before = position["identity"].get(name)
+        if before != value:
             raise UsageError(
-                f"`--resume_from_checkpoint` {checkpoint}: trained with {flag} {saved[name]}; got `--{flag}` {getattr(lora, name)}"
+                f"`--resume_from_checkpoint` {checkpoint}: trained with {name} {before}; got `--{name}` {value}"
             )

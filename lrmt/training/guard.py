@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
+from lrmt.errors import TrainingFault
+
 
 def gather_numbers(number: float, device: torch.device | str) -> list[float]:
     """One number of every rank, in rank order."""
@@ -19,11 +21,11 @@ def gather_numbers(number: float, device: torch.device | str) -> list[float]:
 
 
 def check_same_segments(num_backbone_calls: int, device: torch.device | str) -> None:
-    """Raises `RuntimeError` on every rank, at once, if ranks are about to run different numbers of segments."""
+    """Raises `TrainingFault` on every rank, at once, if ranks are about to run different numbers of segments."""
     counts = [int(n) for n in gather_numbers(num_backbone_calls, device)]
     if len(set(counts)) > 1:
         each = ", ".join(f"rank {rank}: {n}" for rank, n in enumerate(counts))
-        raise RuntimeError(
+        raise TrainingFault(
             f"ranks are about to run different numbers of segments ({each}), which hangs under ZeRO-3; "
             "give every rank texts of one length per step"
         )

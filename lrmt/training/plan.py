@@ -38,10 +38,12 @@ def describe_plan(
         peft_config = get_peft_config(replace(model_args, load_in_4bit=False)) if model_args.use_peft else None
         if peft_config is not None:
             peft_config.target_modules = peft_config.target_modules or "all-linear"
-            peft_config.modules_to_save = list(model_class.memory_modules)
+            peft_config.modules_to_save = model_class.trained_modules(settings)
             model = get_peft_model(model, peft_config)
         else:
-            model.requires_grad_(False).memory_embedding.requires_grad_(True)
+            model.requires_grad_(False)
+            for module in model_class.trained_modules(settings):
+                model.get_submodule(module).requires_grad_(True)
     backbone.tie_weights()  # moving to the meta device had parted them
     trainable = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     memory = sum(n for name, n in trainable.items() if any(module in name for module in model_class.memory_modules))
@@ -63,13 +65,17 @@ def describe_plan(
     width = wide if plugin is not None else 4
     states = count * (2 * 4 + master) / (world if stage >= 2 else 1)
     batch = training_args.per_device_train_batch_size
-    positions = settings["segment_length"] + 2 * settings.get("num_memory_tokens", 0)
+    method = (model.get_base_model() if peft_config else model).config
+    positions = getattr(method, "max_positions", method.segment_length + 2 * settings.get("num_memory_tokens", 0))
     hidden, layers = config.hidden_size, config.num_hidden_layers
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
     # kept for the backward pass of one layer: residual, norms, q k v o, and the MLP's three wide tensors
     per_segment = batch * positions * layers * wide * (8 * hidden + 3 * inner)
     segments = curriculum.stages[-1]
-    live = 1 if settings.get("checkpoint_segments", True) else min(segments, settings.get("bptt_segments") or segments)
+    method.check_training_length(segments)
+    live = segments  # texts that are read at once
+    if "num_memory_tokens" in settings:
+        live = 1 if settings["checkpoint_segments"] else min(segments, settings["bptt_segments"] or segments)
     boundary = batch * segments * settings.get("num_memory_tokens", 0) * hidden * wide
     rows = [
         ("frozen backbone", weights / sharded),
@@ -85,8 +91,7 @@ def describe_plan(
         f"backbone   {model_args.model_name_or_path} ({config.model_type}, {sum(p.numel() for p in frozen):,} parameters, "
         + (f"{model_args.bnb_4bit_quant_type} 4-bit" if model_args.load_in_4bit else model_args.dtype)
         + ")",
-        f"method     {model.get_base_model().config.model_type if peft_config else model.config.model_type}: "
-        + ", ".join(f"{k} {v}" for k, v in settings.items()),
+        f"method     {method.model_type}: " + ", ".join(f"{k} {v}" for k, v in settings.items()),
         f"task       {task_args.task}",
         "stages     "
         + ", ".join(
@@ -94,7 +99,7 @@ def describe_plan(
         ),
         f"steps      at most {optimizer_steps} of batch {effective} "
         f"({batch} per device × {training_args.gradient_accumulation_steps} accumulated × {world} ranks)",
-        f"trainable  {count:,} parameters: LoRA {lora:,} in {len(trainable) - 1} tensors, memory {memory:,}",
+        f"trainable  {count:,} parameters: LoRA {lora:,} in {sum('lora_' in name for name in trainable)} tensors, memory {memory:,}",
         f"memory per GPU, estimated (ZeRO stage {stage}, {world} ranks):",
         *(f"  {name:<34} {size / 2**30:8.3f} GiB" for name, size in rows),
         f"  {'total':<34} {total / 2**30:8.3f} GiB",

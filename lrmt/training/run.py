@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import warnings
@@ -46,6 +47,10 @@ def train(
     settings = as_dict(method_args)
     if settings.get("num_memory_tokens") == 0:
         raise UsageError("`--num_memory_tokens` must be 1 or more to train a memory; got 0. 16 is the published value")
+    if not model_args.use_peft and not model_class.trained_modules(settings):
+        raise UsageError(
+            "`--use_peft false` with `--landmark_embedding frozen_mean` trains nothing; leave one of them out"
+        )
     curriculum = Curriculum(
         stages=curriculum_args.curriculum_stages,
         max_steps=curriculum_args.stage_max_steps,
@@ -62,23 +67,30 @@ def train(
         if PartialState().is_main_process:
             print(describe_plan(model_class, settings, model_args, task_args, curriculum, training_args))
         return None
+    if "bptt_segments" in settings and settings["bptt_segments"] and training_args.world_size > 1:
+        _check_straddling(task_args, settings)
     checkpoint = find_checkpoint(training_args.output_dir, training_args.resume_from_checkpoint)
-    _check_output_dir(training_args, checkpoint)
+    resumed_here = _check_output_dir(training_args, checkpoint)
+    arguments = _arguments(method_args, model_args, task_args, curriculum_args, training_args)
+    identity = _identity(settings, model_args, task_args, training_args)
     set_seed(training_args.seed)
     name, revision = model_args.model_name_or_path, model_args.model_revision
     # bad settings show here, before texts are made with them and weights are loaded
-    model_class.config_class(
+    config = model_class.config_class(
         backbone_config=open_pretrained(AutoConfig.from_pretrained, name, revision=revision), **settings
     )
+    length = config.segment_length
+    config.check_training_length(max(curriculum.stages))
     tokenizer = load_tokenizer(name, revision)
     tasks = {
-        split: _build_task(task_args, tokenizer, split, settings, training_args) for split in ("train", "validation")
+        split: _build_task(task_args, tokenizer, split, length, training_args) for split in ("train", "validation")
     }
     # texts that cannot be made show here, before anything is loaded or written
     shortest = min(curriculum.min_segments, curriculum.stages[0]) if curriculum.vary_lengths else curriculum.stages[0]
-    for split, length in (("train", shortest), ("validation", curriculum.stages[0])):
+    longest = [(split, curriculum.stages[-1]) for split in tasks]  # which --text_path may be too short for
+    for split, segments in [("train", shortest), ("validation", curriculum.stages[0]), *longest]:
         for task in getattr(tasks[split], "tasks", [tasks[split]]):
-            task.example(0, length * settings["segment_length"])
+            task.example(0, segments * length)
     on_gpu = torch.cuda.is_available() and not training_args.use_cpu
     model = build_model(
         model_class,
@@ -96,18 +108,18 @@ def train(
         eval_task=tasks["validation"],
         tokenizer=tokenizer,
         eval_samples=curriculum_args.eval_samples,
+        stage_lr_decay=curriculum_args.stage_lr_decay,
+        identity=identity,
     )
     if checkpoint is not None:
-        check_resumable(checkpoint, model, curriculum)
+        check_resumable(checkpoint, model, curriculum, identity)
     if trainer.is_world_process_zero():
-        if checkpoint is None:  # or a later resume would take up one of another run
+        if not resumed_here:  # or a later resume would take up one of another run
             for old in Path(training_args.output_dir).glob("checkpoint-*"):
                 shutil.rmtree(old)
-        _save_arguments(training_args.output_dir, method_args, model_args, task_args, curriculum_args, training_args)
-        names = trainable_names(model)
-        print(
-            f"{len(names)} trainable tensors (LoRA and {', '.join(model_class.memory_modules)}); saving to {training_args.output_dir}"
-        )
+        _save_arguments(training_args.output_dir, arguments)
+        what = " and ".join(["LoRA", *model_class.trained_modules(settings)])
+        print(f"{len(trainable_names(model))} trainable tensors ({what}); saving to {training_args.output_dir}")
     PartialState().wait_for_everyone()
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
@@ -116,13 +128,13 @@ def train(
     return trainer
 
 
-def _build_task(task_args: TaskArguments, tokenizer, split: str, settings: dict, training_args: TrainingArguments):
+def _build_task(task_args: TaskArguments, tokenizer, split: str, segment_length: int, training_args: TrainingArguments):
     return build_task(
         task_args.task,
         tokenizer,
         split=split,
         seed=training_args.seed,
-        segment_length=settings["segment_length"],
+        segment_length=segment_length,
         babi_dir=task_args.babi_dir,
         background=task_args.background_dir,
         num_digits=task_args.num_digits,
@@ -132,6 +144,7 @@ def _build_task(task_args: TaskArguments, tokenizer, split: str, settings: dict,
         dataset_path=task_args.dataset_name,
         dataset_config=task_args.dataset_config,
         dataset_split=task_args.dataset_train_split,
+        text_path=task_args.text_path,
     )
 
 
@@ -146,8 +159,17 @@ def _check_precision(model_args: ModelArguments, training_args: TrainingArgument
         )
 
 
-def _check_output_dir(training_args: TrainingArguments, checkpoint: str | None) -> None:
-    """Refuses to write over anything that this run did not make."""
+def _check_straddling(task_args: TaskArguments, settings: dict) -> None:
+    """An answer that crosses the end of a segment is two windows of truncated BPTT, and other ranks may have one."""
+    if task_args.task == "dataset" and settings["segment_alignment"] == "left":
+        raise UsageError(
+            f"`--bptt_segments` {settings['bptt_segments']} on several ranks needs every answer within one segment, which "
+            "your own rows have with `--segment_alignment right`; got left"
+        )
+
+
+def _check_output_dir(training_args: TrainingArguments, checkpoint: str | None) -> bool:
+    """Refuses to write over anything that this run did not make; tells whether the run goes on where it was."""
     path = Path(training_args.output_dir)
     occupied = path.is_dir() and any(path.iterdir())
     PartialState().wait_for_everyone()  # or a fast rank's first file would stop a slow one
@@ -159,18 +181,52 @@ def _check_output_dir(training_args: TrainingArguments, checkpoint: str | None) 
             f"`--output_dir` {path} is not empty; name another, go on with `--resume_from_checkpoint true`, or replace what "
             "is there with `--overwrite_output_dir`"
         )
+    return resumed_here
 
 
-def _save_arguments(output_dir: str, *instances) -> None:
-    """The settings that shape the result, readable and usable as `--config`."""
+def _identity(
+    settings: dict, model_args: ModelArguments, task_args: TaskArguments, training: TrainingArguments
+) -> dict:
+    """What makes the batches and the weights of a run: a resumed one must have the same."""
+    of_no_matter = ("checkpoint_segments", "implementation", "top_k", "retrieval", "offload_blocks")  # to training
+    shape = {name: value for name, value in settings.items() if name not in of_no_matter}
+    lora = {name: getattr(model_args, name) for name in ("use_peft", "lora_r", "lora_alpha", "lora_target_modules")}
+    task = as_dict(task_args)
+    for name in (
+        "babi_dir",
+        "background_dir",
+        "dataset_name",
+        "text_path",
+    ):  # data may move; another name is another text
+        task[name] = task[name] and Path(task[name]).name
+    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
+    return shape | lora | task | {"per_device_train_batch_size × accumulation × ranks": batch}
+
+
+def _arguments(method_args, model_args, task_args, curriculum_args, training_args: TrainingArguments) -> dict:
+    """Every setting that is not a default of transformers' own, readable and usable as `--config`."""
+    given = as_dict(method_args, model_args, task_args, curriculum_args)
+    of_this_start = [
+        "output_dir",
+        "resume_from_checkpoint",
+        "overwrite_output_dir",
+        "dry_run",
+        "hub_token",
+        "use_cpu",
+        "deepspeed",
+    ]
+    for field in dataclasses.fields(training_args):
+        value = getattr(training_args, field.name, None)
+        value = getattr(value, "value", value)  # an enum's
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if field.init and field.name not in of_this_start and value != getattr(default, "value", default):
+            given[field.name] = value
+    plain = (str, int, float, list, dict, type(None))
+    return {name: value for name, value in given.items() if isinstance(value, plain)}
+
+
+def _save_arguments(output_dir: str, arguments: dict) -> None:
     os.makedirs(output_dir, exist_ok=True)
-    lines = as_dict(*instances[:-1])
-    training = instances[-1]
-    for name in ("seed", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "warmup_steps",
-                 "lr_scheduler_type", "max_grad_norm", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "bf16",
-                 "eval_steps", "save_steps", "per_device_eval_batch_size"):  # fmt: skip
-        value = getattr(training, name)
-        lines[name] = getattr(value, "value", value)
     temporary = Path(output_dir, "arguments.yaml.tmp")
-    temporary.write_text(yaml.safe_dump(lines, sort_keys=True))
+    temporary.write_text(yaml.safe_dump(arguments, sort_keys=True))
     os.replace(temporary, Path(output_dir, "arguments.yaml"))

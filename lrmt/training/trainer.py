@@ -17,6 +17,7 @@ from transformers.trainer_callback import ProgressCallback as HfProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from lrmt.arguments import TrainingArguments
+from lrmt.errors import TrainingFault
 from lrmt.tasks.base import Task
 from lrmt.tasks.collate import collate
 from lrmt.tasks.curriculum import Curriculum
@@ -34,6 +35,9 @@ class LongContextTrainer(Trainer):
     Args:
         train_task, eval_task: where samples come from; held-out accuracy on `eval_task` promotes.
         eval_samples: held-out samples per evaluation, over all ranks.
+        stage_lr_decay: peak learning rate of a stage as a share of that of the stage before: longer texts build on what is
+            there already, and a full step breaks it.
+        identity: settings that a resumed run must share, kept in each checkpoint.
     """
 
     def __init__(
@@ -46,10 +50,12 @@ class LongContextTrainer(Trainer):
         eval_task: Task,
         tokenizer,
         eval_samples: int = 64,
+        stage_lr_decay: float = 1.0,
+        identity: dict | None = None,
         callbacks=None,
     ):
         self.curriculum, self.train_task, self.eval_task = curriculum, train_task, eval_task
-        self.eval_samples = eval_samples
+        self.eval_samples, self.stage_lr_decay, self.identity = eval_samples, stage_lr_decay, identity or {}
         self.progress = ProgressCallback(curriculum)
         args.max_steps = curriculum.total_steps
         args.remove_unused_columns = False
@@ -109,7 +115,8 @@ class LongContextTrainer(Trainer):
 
     def _explain_nan(self, model, inputs, finite):
         """Every rank comes here together, so the extra forward keeps them in step."""
-        norms = self.model.get_base_model().memory_norms(inputs["input_ids"], inputs["attention_mask"])
+        with self.accelerator.autocast():
+            norms = self.model.get_base_model().memory_norms(inputs["input_ids"], inputs["attention_mask"])
         segments = len(norms) + 1  # the last one writes no memory
         bad = next((s for s, norm in enumerate(norms) if not math.isfinite(norm)), None)
         where = (
@@ -118,7 +125,7 @@ class LongContextTrainer(Trainer):
             else f"it breaks in the last segment, {segments}"
         )
         ranks = [rank for rank, ok in enumerate(finite) if not ok]
-        raise FloatingPointError(
+        raise TrainingFault(
             f"loss is not finite at step {self.state.global_step + 1} (stage {self.curriculum.stage + 1}, "
             f"{segments} segments, rank {ranks}): {where}; lower `--learning_rate` ({self.args.learning_rate}) or "
             f"`--max_grad_norm` ({self.args.max_grad_norm}) and resume from the last checkpoint"
@@ -144,7 +151,8 @@ class LongContextTrainer(Trainer):
         warmup = math.ceil(warmup * limit) if warmup < 1 else int(warmup)
         dummy = torch.optim.SGD([torch.zeros(1)], lr=1.0)
         schedule = get_scheduler(self.args.lr_scheduler_type, dummy, warmup, limit, self.args.lr_scheduler_kwargs)
-        return schedule.lr_lambdas[0](self.curriculum.stage_step + 1)
+        peak = self.stage_lr_decay**self.curriculum.stage
+        return peak * schedule.lr_lambdas[0](self.curriculum.stage_step + 1)
 
     def _restart_schedule(self) -> None:
         """The scheduler has set the next learning rate already when a promotion moves that step to another stage."""
@@ -208,7 +216,8 @@ class LongContextTrainer(Trainer):
         if self.args.should_save:
             path = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}", POSITION_FILE)
             temporary = path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(self.curriculum.state_dict(), indent=2))
+            position = self.curriculum.state_dict() | {"identity": self.identity}
+            temporary.write_text(json.dumps(position, indent=2))
             os.replace(temporary, path)
             rotate_checkpoints(output_dir=self.args.output_dir, save_total_limit=limit, use_mtime=True)
 

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
@@ -210,6 +211,11 @@ def test_state_of_another_model_is_refused(tmp_path):
         other.memory_embedding.weight[0, 0] += 0.1
     with pytest.raises(UsageError, match="another model"):
         other(ids(1, 3), state=model.read(ids(1, 20)))
+    for_lora = get_peft_model(build(), LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False))
+    before = for_lora.get_base_model().fingerprint()
+    with torch.no_grad():
+        next(p for n, p in for_lora.named_parameters() if "lora_B" in n).mul_(2)
+    assert for_lora.get_base_model().fingerprint() != before != model.fingerprint()
     (tmp_path / "half.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:100])
     with pytest.raises(UsageError, match="cannot be read"):
         model.load_state(tmp_path / "half.safetensors")

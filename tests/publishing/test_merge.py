@@ -162,3 +162,14 @@ def test_merging_leaves_nothing_half_done(adapter, tmp_path):
     with pytest.raises(UsageError, match="merged checkpoint already"):
         merge_adapter(str(tmp_path / "merged"), str(tmp_path / "new"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["full", "merged"]
+
+
+def test_merging_into_the_present_folder_beside_other_files(adapter, tmp_path, monkeypatch):
+    (tmp_path / "here.tmp").mkdir()
+    (tmp_path / "here.tmp" / "mine.txt").write_text("mine")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    merge_adapter(str(adapter), ".")
+    assert isinstance(lrmt.load("."), RmtForCausalLM)
+    assert (tmp_path / "here.tmp" / "mine.txt").read_text() == "mine"
+    assert {p.name for p in tmp_path.iterdir()} == {"here", "here.tmp"}

@@ -29,7 +29,8 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA
 STAGE_STEPS, SAVED_STEP = (10, 6), 12
 CURRICULUM = (
     f"--curriculum_stages 1 3 --stage_max_steps {STAGE_STEPS[0]} {STAGE_STEPS[1]} --promotion_accuracy 1.0 "
-    f"--eval_samples 16 --eval_steps 10 --logging_steps 1 --save_steps {SAVED_STEP} --checkpoint_segments true"
+    f"--eval_samples 16 --eval_steps 10 --logging_steps 1 --save_steps {SAVED_STEP} --checkpoint_segments true "
+    "--dtype bfloat16 --bf16 true --stage_lr_decay 1.0"
 ).split()
 
 
@@ -39,12 +40,12 @@ def free_port() -> str:
         return str(s.getsockname()[1])
 
 
-def launch(config: str, script: str, *flags, timeout: int = 600) -> str:
+def launch(config: str, script: str, *flags, timeout: int = 600, method: str = "rmt") -> str:
     """What `accelerate launch` with a shipped config prints; ends the launcher, and so its ranks, after `timeout` seconds."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"ds_configs/{config}.yaml"]
     command += ["--main_process_port", free_port(), script, *map(str, flags)]
     process = subprocess.Popen(
-        command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, cwd=ROOT, env=ENVIRONMENT | {"METHOD": method}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )  # fmt: skip
     try:
         output, _ = process.communicate(timeout=timeout)
@@ -202,6 +203,31 @@ def test_resumes_with_the_recipe(sharded, backbone, tmp_path):
     assert once.keys() == again.keys()
     for name in once:
         assert relative_error(again[name].float(), once[name].float()) < 1e-3, name
+
+
+def test_landmark_attention_trains_saves_and_reloads(backbone, tmp_path):
+    """Sharded like RMT, with no segments; the landmark learns, and one process opens what two saved."""
+    flags = "--block_length 16 --context_length 200 --top_k 2 --train_top_k 2 --stage_max_steps 8 --eval_samples 16 --eval_steps 8 "
+    flags += "--logging_steps 1 --dtype bfloat16 --bf16 true --learning_rate 2.5e-3 --warmup_steps 2"
+    flags = [*flags.split(), *batch(8), "--model_name_or_path", backbone, "--output_dir", tmp_path / "run"]
+    launch("zero3_2cpu", WORKER, *flags, method="landmark")
+    record, other = ranks_of(tmp_path / "run")
+    assert record["engine"] == "DeepSpeedEngine" and record["stage"] == 3
+    losses = curve(record["log"])
+    assert losses[-1] < losses[0] - 0.3
+    for name, whole in record["parameters"].items():
+        assert whole["kept"] == other["parameters"][name]["kept"] == -(-whole["numel"] // 2), name
+    saved = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    landmark = next(tensor for name, tensor in saved.items() if "landmark_embedding" in name)
+    mean = AutoModelForCausalLM.from_pretrained(backbone).get_input_embeddings().weight.float().mean(0)
+    assert float((landmark.float() - mean).abs().max()) > 1e-3
+    model = lrmt.load(tmp_path / "run")
+    with torch.no_grad():
+        logits = model(**record["inputs"]).logits.float()
+        with model.disable_adapter():
+            untrained = model(**record["inputs"]).logits.float()
+    assert torch.equal(record["logits"], other["logits"])
+    assert relative_error(logits, record["logits"]) < 0.02 < relative_error(untrained, record["logits"])
 
 
 def test_dry_run_under_zero3(tmp_path):

@@ -162,7 +162,7 @@ def test_finished_run_has_nothing_to_resume(train_small, fp32_flags, tmp_path, m
     before = weights(tmp_path / "run")
     (tmp_path / "run" / "adapter_model.safetensors").unlink()
     trainer = train_small(*flags, "--resume_from_checkpoint", "true")
-    assert trainer.state.global_step == 4
+    assert trainer.state.global_step == 2 + 6
     after = weights(tmp_path / "run")
     assert all(torch.equal(after[name], before[name]) for name in before)
 
@@ -174,6 +174,10 @@ def test_finished_run_has_nothing_to_resume(train_small, fp32_flags, tmp_path, m
         (["--seed", "5"], "trained with seed = 0"),
         (["--num_memory_tokens", "5"], "trained with num_memory_tokens 4; got `--num_memory_tokens` 5"),
         (["--segment_length", "90"], "trained with segment_length 80; got `--segment_length` 90"),
+        (["--task", "passkey,qa1"], "trained with task passkey; got `--task` passkey,qa1"),
+        (["--per_device_train_batch_size", "2"], "trained with per_device_train_batch_size × .* 4; got .* 2"),
+        (["--early_facts_share", "0.5"], "trained with early_facts_share 0.0; got `--early_facts_share` 0.5"),
+        (["--lora_target_modules", "q_proj"], "trained with lora_target_modules None; got"),
         (["--lora_r", "3"], "trained with lora_r 4; got `--lora_r` 3"),
         (
             ["--model_name_or_path", "MISTRAL"],
@@ -202,3 +206,46 @@ def test_overwriting_begins_without_old_checkpoints(train_small, fp32_flags, tmp
     train_small(*flags, "--stage_max_steps", "2", "--overwrite_output_dir")
     assert {p.name for p in (tmp_path / "run").glob("checkpoint-*")} == {f"checkpoint-{n}" for n in range(1, 5)}
     assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+
+
+def test_overwriting_while_resuming_from_elsewhere_leaves_no_checkpoint_of_another_run(
+    trained, train_small, fp32_flags, tmp_path
+):
+    flags = [*fp32_flags, "--save_steps", "2"]
+    train_small(*flags, "--output_dir", tmp_path / "first")
+    other = [*flags, "--num_digits", "3", "--stage_max_steps", "20"]
+    train_small(*other, "--output_dir", tmp_path / "other")
+    source = tmp_path / "first" / "checkpoint-6"
+    train_small(
+        *flags, "--output_dir", tmp_path / "other", "--overwrite_output_dir", "--resume_from_checkpoint", source
+    )
+    assert {p.name for p in (tmp_path / "other").glob("checkpoint-*")} == {"checkpoint-8"}
+    assert (source / "adapter_model.safetensors").is_file()
+
+
+def test_arguments_file_gives_the_same_run(train_small, fp32_flags, tmp_path):
+    """Also settings of transformers that no file of ours mentions."""
+    flags = [*fp32_flags, "--optim", "sgd", "--lr_scheduler_type", "cosine_with_min_lr"]
+    one = train_small(*flags, "--lr_scheduler_kwargs", '{"min_lr": 1e-3}', "--output_dir", tmp_path / "one")
+    saved = tmp_path / "one" / "arguments.yaml"
+    two = train_small("--config", saved, "--output_dir", tmp_path / "two")
+    assert (tmp_path / "two" / "arguments.yaml").read_text() == saved.read_text()
+    assert "hub_token" not in saved.read_text() and "min_lr" in saved.read_text()
+    assert [e.get("loss") for e in one.state.log_history] == [e.get("loss") for e in two.state.log_history]
+
+
+def test_training_starts_from_another_adapter(train_small, fp32_flags, tmp_path):
+    train_small(*fp32_flags, "--output_dir", tmp_path / "easy")
+    start = ["--init_adapter_path", tmp_path / "easy"]
+    flags = [*fp32_flags, *start, "--learning_rate", "0", "--num_digits", "3", "--segment_length", "90"]
+    train_small(*flags, "--output_dir", tmp_path / "hard")
+    before, after = weights(tmp_path / "easy"), weights(tmp_path / "hard")
+    assert before.keys() == after.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    for changed, message in (
+        (["--lora_r", "3"], "`--init_adapter_path` .* of shape .*use the same `--lora_r`"),
+        (["--num_memory_tokens", "5"], r"of shape \[4, \d+\], this run \[5, \d+\]"),
+        (["--init_adapter_path", tmp_path], "no adapter that training wrote"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            train_small(*fp32_flags, *start, *changed, "--output_dir", tmp_path / "refused")
+        assert not (tmp_path / "refused").exists()

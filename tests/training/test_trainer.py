@@ -8,6 +8,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from transformers import TrainerCallback
 
+from lrmt.errors import TrainingFault, UsageError, exit_on_error
 from lrmt.training import trainer as module
 from lrmt.training.trainer import LongContextTrainer, exact_matches
 
@@ -89,29 +90,29 @@ def test_stage_decides_the_length(train_small, fp32_flags, watch, monkeypatch):
 def test_accuracy_promotes_before_the_limit(train_small, fp32_flags, monkeypatch, capsys):
     monkeypatch.setattr(module, "exact_matches", lambda logits, labels: torch.ones(len(labels), dtype=torch.bool))
     trainer = train_small(*fp32_flags, "--stage_max_steps", "6", "--eval_steps", "2")
-    assert trainer.state.global_step == 4  # two steps a stage, not six
+    assert trainer.state.global_step == 2 + 6  # two steps of six, but the last stage goes to its end
     assert trainer.curriculum.finished
     out = capsys.readouterr().out
     assert "stage 1 of 2 (1 segments) ends: accuracy 1.000 reached 1.000 after 2 steps; next: up to 2 segments" in out
-    assert "stage 2 of 2 (2 segments) ends: accuracy 1.000 reached 1.000 after 2 steps; curriculum finished" in out
+    assert "stage 2 of 2 (2 segments) ends: step limit 6 reached with accuracy 1.000; curriculum finished" in out
 
 
 def test_limit_promotes_with_a_reason(train_small, fp32_flags, monkeypatch, capsys):
     monkeypatch.setattr(module, "exact_matches", lambda logits, labels: torch.zeros(len(labels), dtype=torch.bool))
     trainer = train_small(*fp32_flags, "--stage_max_steps", "2")
     assert trainer.state.global_step == 4
-    assert capsys.readouterr().out.count("step limit 2 reached with accuracy 0.000 below 1.000") == 2
+    assert capsys.readouterr().out.count("step limit 2 reached with accuracy 0.000") == 2
 
 
 @pytest.mark.parametrize("limit", [4, 10], ids=["by limit", "by accuracy"])
-def test_learning_rate_begins_anew_in_each_stage(train_small, fp32_flags, watch, monkeypatch, limit):
+def test_learning_rate_begins_anew_in_each_stage_from_a_lower_peak(train_small, fp32_flags, watch, monkeypatch, limit):
     monkeypatch.setattr(module, "exact_matches", lambda logits, labels: torch.full([len(labels)], limit == 10))
     rates = []
     watch.calls.append(lambda trainer, optimizer: rates.append(optimizer.param_groups[0]["lr"]))
     flags = ["--stage_max_steps", limit, "--eval_steps", "4", "--warmup_steps", "2", "--learning_rate", "1e-3"]
-    trainer = train_small(*fp32_flags, *flags)
-    assert len(rates) == 8
-    assert rates[4:] == rates[:4]
+    trainer = train_small(*fp32_flags, *flags, "--stage_lr_decay", "0.25")
+    assert len(rates) == 4 + limit
+    assert rates[4:8] == [0.25 * rate for rate in rates[:4]]
     assert rates[0] == rates[1] == pytest.approx(0.5e-3)  # a first step at rate 0 would be wasted
     assert rates[2] == pytest.approx(1e-3) and rates[3] == pytest.approx(1e-3 * (limit - 3) / (limit - 2))
     assert losses(trainer, "learning_rate") == pytest.approx(rates)
@@ -170,6 +171,25 @@ def test_evaluation_counts_rows_whose_every_answer_token_is_right():
 # ---------------------------------------------------------------------- failure
 
 
+def test_a_fault_is_one_line_and_exit_code_1(capfd):
+    with pytest.raises(SystemExit) as stop, exit_on_error():
+        raise TrainingFault("loss is not finite")
+    assert stop.value.code == 1
+    assert capfd.readouterr().err == "lrmt: error: loss is not finite\n"
+
+
+def test_answers_that_may_straddle_are_refused_under_truncated_bptt_on_several_ranks(
+    train_small, tmp_path, monkeypatch
+):
+    from lrmt.arguments import TrainingArguments
+
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"input": "A key.", "question": "What?", "target": "A key."}\n')
+    with pytest.raises(UsageError, match="`--bptt_segments` 2 .* `--segment_alignment right`; got left"):
+        train_small("--bptt_segments", "2", "--dataset_name", rows)
+
+
 @pytest.mark.parametrize(("segments", "where"), [(1, "last segment, 1"), (3, "memory first breaks in segment 1")])
 def test_nan_stops_training_with_segment_and_step(train_small, fp32_flags, watch, segments, where):
     def poison(trainer, optimizer):
@@ -179,7 +199,7 @@ def test_nan_stops_training_with_segment_and_step(train_small, fp32_flags, watch
 
     watch.calls.append(poison)
     flags = ["--curriculum_stages", segments, "--vary_lengths", "false", "--save_steps", "2"]
-    with pytest.raises(FloatingPointError) as caught:
+    with pytest.raises(TrainingFault) as caught:
         train_small(*fp32_flags, *flags)
     message = str(caught.value)
     assert f"at step 4 (stage 1, {segments} segments, rank [0])" in message and where in message
@@ -230,6 +250,7 @@ def test_old_checkpoints_go_only_when_the_new_one_is_whole(monkeypatch, tmp_path
     fake.args = SimpleNamespace(save_total_limit=1, should_save=True, output_dir=str(tmp_path))
     fake.accelerator = SimpleNamespace(wait_for_everyone=lambda: None)
     fake.state = SimpleNamespace(global_step=7)
+    fake.identity = {"task": "passkey"}
     fake.curriculum = module.Curriculum(stages=[1], max_steps=[1])
     fake._save_checkpoint(None, None)
     assert steps == [None, (True, 1)] and fake.args.save_total_limit == 1
