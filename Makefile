@@ -16,8 +16,10 @@ demo: .venv/runtime
 	$(BIN)/accelerate launch --quiet --config_file ds_configs/one_gpu.yaml recipes/rmt_llama.py --output_dir runs/demo
 	$(BIN)/lrmt evaluate --adapter_path runs/demo --task passkey --lengths 1 2 4 8 16 32 64 --output_dir runs/demo --overwrite
 
+# a process for each CPU, one thread each: most tests are too small for two
+test: export OMP_NUM_THREADS = 1
 test: .venv/dev
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n $(CPUS) --dist worksteal
 
 bench: .venv/runtime
 	$(BIN)/python benchmarks/training_memory.py
