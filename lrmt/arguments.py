@@ -136,6 +136,13 @@ class RmtArguments:
         default=True,
         metadata={"help": "Recompute segments in the backward pass: memory does not grow with their number."},
     )
+    memory_noise: float = field(
+        default=0.0,
+        metadata={
+            "help": "Noise on the memory in training, as a share of its size, so that it does not drift over longer texts; grows "
+            "from stage to stage up to this in the last."
+        },
+    )
 
 
 @dataclass

@@ -101,6 +101,7 @@ TRAIN = [  # command line, what the line says: flag, value, remedy
     ("--stage_max_steps 1 2 3", ["--stage_max_steps", "[1, 2, 3]", "2 stages"]),
     ("--promotion_accuracy 95", ["--promotion_accuracy", "95", "(0, 1]"]),
     ("--stage_lr_decay 0", ["--stage_lr_decay", "0.0", "(0, 1]"]),
+    ("--memory_noise -0.1", ["--memory_noise", "-0.1", "0 or more"]),
     ("--init_adapter_path nowhere", ["--init_adapter_path", "nowhere", "no adapter"]),
     ("--init_adapter_path run --lora_r 3", ["--init_adapter_path", "run", "`--lora_r`"]),
     ("--init_adapter_path run --model_name_or_path MISTRAL", ["--init_adapter_path", "run", "backbone_fingerprint", "agree"]),

@@ -25,6 +25,8 @@ class RmtConfig(LongContextConfig):
         bptt_segments: k; the loss of segment s sends gradients into segments s-k+1..s (None: into all).
         segment_alignment: "left" (the last segment is the short one) or "right" (the first is).
         checkpoint_segments: recompute each segment in the backward pass, so that only the memory states are kept.
+        memory_noise: in training, Gaussian noise on each memory vector that is passed on, as a share of its root mean square:
+            what survives it does not drift over more segments than training had (noisy RNNs, Lim et al. 2021, 2102.04877).
     """
 
     model_type = "rmt"
@@ -34,6 +36,7 @@ class RmtConfig(LongContextConfig):
     bptt_segments: int | None = None
     segment_alignment: Literal["left", "right"] = "left"
     checkpoint_segments: bool = True
+    memory_noise: float = 0.0
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -47,6 +50,8 @@ class RmtConfig(LongContextConfig):
             )
         if self.bptt_segments is not None and self.bptt_segments < 1:
             raise UsageError(f"`--bptt_segments` must be 1 or more, or left out; got {self.bptt_segments}")
+        if self.memory_noise < 0:
+            raise UsageError(f"`--memory_noise` must be 0 or more; got {self.memory_noise}. 0 leaves it out")
         if self.segment_alignment not in ("left", "right"):
             raise UsageError(f"`--segment_alignment` must be left or right; got {self.segment_alignment}")
         window = getattr(self.backbone_config, "max_position_embeddings", None)
@@ -80,6 +85,7 @@ class RmtForCausalLM(LongContextModel):
     state_class = RmtState
     state_settings = ("num_memory_tokens", "segment_length", "segment_alignment")
     memory_modules = ["memory_embedding"]
+    noise_share = 1.0  #: of `memory_noise`: a curriculum starts with little, or memory is never found
 
     def __init__(self, config: RmtConfig, backbone: PreTrainedModel | None = None):
         super().__init__(config, backbone)
@@ -207,8 +213,15 @@ class RmtForCausalLM(LongContextModel):
         for s in window:
             kept, written = run(grid[s], memory)
             hidden.append(kept)
-            memory = _choose(grid.running(s), written, memory)
+            memory = _choose(grid.running(s), self._with_noise(written), memory)
         return hidden, memory
+
+    def _with_noise(self, memory: Tensor) -> Tensor:
+        noise = self.config.memory_noise * self.noise_share
+        if not self.training or noise == 0:
+            return memory
+        size = memory.detach().pow(2).mean(-1, keepdim=True).sqrt()
+        return memory + noise * size * torch.randn_like(memory)
 
     def _segment(self, segment: Segment, memory: Tensor) -> tuple[Tensor, Tensor]:
         """One segment: `[M ; E(x) ; M]` through the decoder gives the scored hidden states `[N, d]` and the new `M [B, m, d]`."""

@@ -290,3 +290,31 @@ def test_bad_settings_say_what_to_do(settings, message):
 def test_beams_are_refused():
     with pytest.raises(UsageError, match="num_beams"):
         build().generate(ids(1, 4), num_beams=2, max_new_tokens=2)
+
+
+def test_memory_noise_is_of_the_size_asked_for_and_in_training_only():
+    model, text = build(memory_noise=0.5), ids(64, 2 * LENGTH)
+    plain = build()(input_ids=text).logits
+    assert torch.equal(model(input_ids=text).logits, plain)  # in evaluation
+    model.train()
+    noisy = model(input_ids=text).logits
+    assert torch.equal(noisy[:, :LENGTH], plain[:, :LENGTH]) and not torch.allclose(
+        noisy[:, LENGTH:], plain[:, LENGTH:]
+    )
+    memory = torch.randn(400, MEMORY, 32, dtype=torch.float64) * torch.tensor([[[1.0], [5.0], [0.1]]])
+    model.noise_share = 0.4
+    noise = model._with_noise(memory) - memory
+    rms = [x.pow(2).mean(-1).sqrt() for x in (noise, memory)]
+    assert torch.allclose((rms[0] / rms[1]).mean(0), torch.tensor(0.2, dtype=torch.float64), rtol=0.02)
+    assert model.noise_share * model.config.memory_noise == 0.2
+
+
+def test_memory_noise_leaves_recomputed_gradients_exact():
+    """Noise is drawn outside what constant-memory BPTT runs twice."""
+    text, gradients = ids(2, 4 * LENGTH), []
+    for checkpoint_segments in (False, True):
+        model = build(memory_noise=0.3, checkpoint_segments=checkpoint_segments).train()
+        torch.manual_seed(7)
+        model(input_ids=text, labels=text).loss.backward()
+        gradients.append(model.memory_embedding.weight.grad)
+    assert torch.allclose(*gradients, rtol=1e-10, atol=0)

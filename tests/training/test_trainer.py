@@ -118,6 +118,13 @@ def test_learning_rate_begins_anew_in_each_stage_from_a_lower_peak(train_small, 
     assert losses(trainer, "learning_rate") == pytest.approx(rates)
 
 
+def test_memory_noise_grows_from_stage_to_stage(train_small, fp32_flags, watch):
+    shares = []
+    watch.calls.append(lambda trainer, optimizer: shares.append(trainer.model.get_base_model().noise_share))
+    train_small(*fp32_flags, "--memory_noise", "0.3", "--stage_max_steps", "2", "--promotion_accuracy", "1.0")
+    assert shares == [0.5, 0.5, 1.0, 1.0]
+
+
 # ---------------------------------------------------------------------- evaluation
 
 
