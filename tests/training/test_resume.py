@@ -38,8 +38,8 @@ def flags(backbones, small_flags):
     """NF4, bf16, and LoRA dropout and noise, whose random numbers a resumed run must draw alike."""
     return [
         *small_flags, "--model_name_or_path", str(backbones["llama"]), "--lora_dropout", "0.2", "--memory_noise", "0.1",
-        "--learning_rate", "3e-3", "--curriculum_stages", "1", "2", "--stage_max_steps", *map(str, STAGE_STEPS), "--eval_steps", "5", "--save_steps", "4",
-        "--gradient_accumulation_steps", "2", "--per_device_train_batch_size", "2",
+        "--learning_rate", "3e-3", "--curriculum_stages", "1", "2", "--stage_max_steps", *map(str, STAGE_STEPS), "--eval_steps", "5",
+        "--save_steps", "4", "--gradient_accumulation_steps", "2", "--per_device_train_batch_size", "2",
     ]  # fmt: skip
 
 
