@@ -140,7 +140,7 @@ class RmtArguments:
         default=0.0,
         metadata={
             "help": "Noise on the memory in training, as a share of its size, so that it does not drift over longer texts; grows "
-            "from stage to stage up to this in the last."
+            "from none in the first stage to this in the last."
         },
     )
 

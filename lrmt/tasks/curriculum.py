@@ -54,6 +54,11 @@ class Curriculum:
         return self.stages[self.stage]
 
     @property
+    def progress(self) -> float:
+        """0 in the first of several stages, 1 in the last."""
+        return self.stage / (len(self.stages) - 1) if len(self.stages) > 1 else 1.0
+
+    @property
     def total_steps(self) -> int:
         return sum(self.max_steps)
 

@@ -85,7 +85,7 @@ class LongContextTrainer(Trainer):
         for _ in range(num_batches):
             next(epoch_iterator)
         step = self.state.global_step
-        self.model.get_base_model().noise_share = (self.curriculum.stage + 1) / len(self.curriculum.stages)
+        self.model.get_base_model().noise_share = self.curriculum.progress
         length = self.curriculum.draw_segments(step) * self._segment_length
         micro_batches = []
         for micro in range(num_batches):

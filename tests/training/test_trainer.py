@@ -122,7 +122,7 @@ def test_memory_noise_grows_from_stage_to_stage(train_small, fp32_flags, watch):
     shares = []
     watch.calls.append(lambda trainer, optimizer: shares.append(trainer.model.get_base_model().noise_share))
     train_small(*fp32_flags, "--memory_noise", "0.3", "--stage_max_steps", "2", "--promotion_accuracy", "1.0")
-    assert shares == [0.5, 0.5, 1.0, 1.0]
+    assert shares == [0.0, 0.0, 1.0, 1.0]
 
 
 # ---------------------------------------------------------------------- evaluation
