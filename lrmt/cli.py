@@ -54,6 +54,20 @@ example:
   lrmt merge --adapter_path runs/passkey --output_dir runs/passkey-merged
 """
 
+SCORE = """\
+Scores public predictions again: a folder of <org>/<model>/<task>_<length>_instruction_….csv with the columns (index),
+target, output, question, as BABILong's leaderboard takes them. Prints accuracy by task and length for each model, prompt
+and rule: official (BABILong's), strict (whole words) and contains (lm-evaluation-harness's).
+
+With --output_dir, writes scores.json (the records of results.json, with rule and variant) and heatmap_<rule>.png.
+"""
+
+SCORE_EXAMPLES = """\
+examples:
+  lrmt score babilong_evals
+  lrmt score babilong_evals/microsoft --output_dir runs/scores
+"""
+
 
 class Parser(argparse.ArgumentParser):
     """argparse, with one line for an error and no guessing of abbreviated flags."""
@@ -73,6 +87,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     add_evaluate(commands)
     add_inspect(commands)
     add_merge(commands)
+    add_score(commands)
     return parser, commands.choices
 
 
@@ -185,6 +200,21 @@ def add_merge(commands):
     parser.set_defaults(run=merge)
 
 
+def add_score(commands):
+    parser = commands.add_parser(
+        "score", help="score public predictions again", description=SCORE, epilog=SCORE_EXAMPLES
+    )
+    add = parser.add_argument
+    add("folder", metavar="FOLDER", help="predictions, at any depth")
+    add_output(add, "default: nothing is written")
+    parser.set_defaults(run=rescore)
+
+
+def add_output(add, default):
+    add("--output_dir", metavar="DIR", help=default)
+    add("--overwrite", action="store_true", help="replace the files of an earlier run in --output_dir")
+
+
 def evaluate(options):
     options.update(task=tuple(options["task"]), lengths=tuple(options["lengths"]))
     settings = EvaluationSettings(**options)
@@ -215,6 +245,12 @@ def merge(options):
     print(f"merged into {options['output_dir']} over {options['merge_base']} weights; relative gap of its logits")
     print(f"  {gaps['same_base']:.1e}  to the adapter over the same weights (rounding)")
     print(f"  {gaps['as_trained']:.1e}  to the adapter as it was trained")
+
+
+def rescore(options):
+    from lrmt.evaluation.rescore import score_folder
+
+    score_folder(**options)
 
 
 def quiet_libraries():
