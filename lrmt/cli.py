@@ -68,6 +68,18 @@ examples:
   lrmt score babilong_evals/microsoft --output_dir runs/scores
 """
 
+REPORT = """\
+Draws results of several models side by side, with BABILong's published figures as reference rows in italics: report.png,
+report.md and report.csv, by task, model and context length. A text within 5 % of one of BABILong's lengths stands in its
+column; qa1-5 is the mean over the five tasks.
+"""
+
+REPORT_EXAMPLES = """\
+examples:
+  lrmt report runs/qa1 runs/scores/scores.json --task qa1
+  lrmt report runs/a/results.json runs/b/results.json --names small large --no_published --output_dir runs/both
+"""
+
 
 class Parser(argparse.ArgumentParser):
     """argparse, with one line for an error and no guessing of abbreviated flags."""
@@ -88,6 +100,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     add_inspect(commands)
     add_merge(commands)
     add_score(commands)
+    add_report(commands)
     return parser, commands.choices
 
 
@@ -210,8 +223,22 @@ def add_score(commands):
     parser.set_defaults(run=rescore)
 
 
-def add_output(add, default):
-    add("--output_dir", metavar="DIR", help=default)
+def add_report(commands):
+    parser = commands.add_parser(
+        "report", help="several models' results side by side", description=REPORT, epilog=REPORT_EXAMPLES
+    )
+    add = parser.add_argument
+    add("paths", nargs="+", metavar="PATH", help="a results.json, a scores.json, or a folder that holds one")
+    add("--task", nargs="+", default=[], metavar="NAME", help="passkey, qa1, … qa20, qa1-5 or dataset (default: all)")
+    add("--names", nargs="+", default=[], metavar="NAME", help="of the paths, in their order (default: of the folders)")
+    add("--scoring", default="official", metavar="RULE", help="of scores.json: official, strict, contains")
+    add("--no_published", action="store_true", help="leave out the published figures")
+    add_output(add, "default: runs/report", "runs/report")
+    parser.set_defaults(run=report)
+
+
+def add_output(add, help, default=None):
+    add("--output_dir", metavar="DIR", default=default, help=help)
     add("--overwrite", action="store_true", help="replace the files of an earlier run in --output_dir")
 
 
@@ -251,6 +278,12 @@ def rescore(options):
     from lrmt.evaluation.rescore import score_folder
 
     score_folder(**options)
+
+
+def report(options):
+    from lrmt.evaluation.report import run_report
+
+    run_report(**options)
 
 
 def quiet_libraries():

@@ -171,6 +171,9 @@ LRMT = [
     ("score predictions --output_dir new", ["predictions/qa1_4k_", "no column 'question'", "target, output, question"]),
     ("score labels --output_dir new", ["qa1_4k_", "row 1", "'cellar'", "bathroom", "correct it"]),
     ("score cut_predictions --output_dir new", ["cut_predictions/qa1_4k_", "is empty", "write the cell again"]),
+    ("report nowhere --output_dir new", ["nowhere", "cannot be read", "results.json"]),
+    ("report full --output_dir new", ["full", "no results.json or scores.json", "mine.txt"]),
+    ("report empty.jsonl --output_dir new", ["empty.jsonl", "not JSON", "write it again"]),
     ("score labels --output_dir full/mine.txt", ["--output_dir", "full/mine.txt", "must be a folder"]),
 ]  # fmt: skip
 
