@@ -56,8 +56,8 @@ example:
 
 SCORE = """\
 Scores public predictions again: a folder of <org>/<model>/<task>_<length>_instruction_….csv with the columns (index),
-target, output, question, as BABILong's leaderboard takes them. Prints accuracy by task and length for each model, prompt
-and rule: official (BABILong's), strict (whole words) and contains (lm-evaluation-harness's).
+target, output, question, as BABILong's leaderboard takes them. Prints accuracy by task and length for each model,
+prompt and rule: official (BABILong's), strict (whole words) and contains (lm-evaluation-harness's).
 
 With --output_dir, writes scores.json (the records of results.json, with rule and variant) and heatmap_<rule>.png.
 """
@@ -69,9 +69,9 @@ examples:
 """
 
 REPORT = """\
-Draws results of several models side by side, with BABILong's published figures as reference rows in italics: report.png,
-report.md and report.csv, by task, model and context length. A text within 5 % of one of BABILong's lengths stands in its
-column; qa1-5 is the mean over the five tasks.
+Draws results of several models side by side, with BABILong's published figures as reference rows in italics:
+report.png, report.md and report.csv, by task, model and context length. A text within 5 % of one of BABILong's lengths
+stands in its column; qa1-5 is the mean over the five tasks.
 """
 
 REPORT_EXAMPLES = """\

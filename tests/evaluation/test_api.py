@@ -12,6 +12,9 @@ import pytest
 from lrmt.errors import UsageError
 from lrmt.evaluation import api
 from lrmt.evaluation.api import Endpoint
+from lrmt.evaluation.prompts import PARTS, TEMPLATE, prompt_parts
+from lrmt.evaluation.rescore import score_folder
+from lrmt.evaluation.submission import Predictions, build_variant, write_predictions
 
 TIMEOUT = 1.0
 TRIES = 3
@@ -214,6 +217,17 @@ def test_without_the_client_the_remedy_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(UsageError, match=r'pip install "lrmt\[api\]"'):
         Endpoint("stub")
+
+
+def test_answers_become_a_submission_that_is_scored(server, tmp_path):
+    answers = Endpoint("org/stub").answer(["ok", "ok ok"])
+    variant = build_variant([*PARTS, "chat_template"])
+    rows = [(target, text, "Where is Mary?") for target, text in zip(["kitchen", "office"], answers, strict=True)]
+    cell = Predictions("org/stub", "qa1", "4k", variant, rows)
+    write_predictions(
+        tmp_path, cell, prompt_parts("qa1") | {"template": TEMPLATE}, {"temperature": 0, "max_tokens": 20}
+    )
+    assert {record["accuracy"] for record in score_folder(tmp_path)} == {0.5}
 
 
 def test_the_cost_is_told_before_anything_is_asked(server):
