@@ -54,6 +54,32 @@ example:
   lrmt merge --adapter_path runs/passkey --output_dir runs/passkey-merged
 """
 
+SCORE = """\
+Scores public predictions again: a folder of <org>/<model>/<task>_<length>_instruction_….csv with the columns (index),
+target, output, question, as BABILong's leaderboard takes them. Prints accuracy by task and length for each model,
+prompt and rule: official (BABILong's), strict (whole words) and contains (lm-evaluation-harness's).
+
+With --output_dir, writes scores.json (the records of results.json, with rule and variant) and heatmap_<rule>.png.
+"""
+
+SCORE_EXAMPLES = """\
+examples:
+  lrmt score babilong_evals
+  lrmt score babilong_evals/microsoft --output_dir runs/scores
+"""
+
+REPORT = """\
+Draws results of several models side by side, with BABILong's published figures as reference rows in italics:
+report.png, report.md and report.csv, by task, model and context length. A text within 5 % of one of BABILong's lengths
+stands in its column; qa1-5 is the mean over the five tasks.
+"""
+
+REPORT_EXAMPLES = """\
+examples:
+  lrmt report runs/qa1 runs/scores/scores.json --task qa1
+  lrmt report runs/a/results.json runs/b/results.json --names small large --no_published --output_dir runs/both
+"""
+
 
 class Parser(argparse.ArgumentParser):
     """argparse, with one line for an error and no guessing of abbreviated flags."""
@@ -73,6 +99,8 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     add_evaluate(commands)
     add_inspect(commands)
     add_merge(commands)
+    add_score(commands)
+    add_report(commands)
     return parser, commands.choices
 
 
@@ -185,6 +213,35 @@ def add_merge(commands):
     parser.set_defaults(run=merge)
 
 
+def add_score(commands):
+    parser = commands.add_parser(
+        "score", help="score public predictions again", description=SCORE, epilog=SCORE_EXAMPLES
+    )
+    add = parser.add_argument
+    add("folder", metavar="FOLDER", help="predictions, at any depth")
+    add_output(add, "default: nothing is written")
+    parser.set_defaults(run=rescore)
+
+
+def add_report(commands):
+    parser = commands.add_parser(
+        "report", help="several models' results side by side", description=REPORT, epilog=REPORT_EXAMPLES
+    )
+    add = parser.add_argument
+    add("paths", nargs="+", metavar="PATH", help="a results.json, a scores.json, or a folder that holds one")
+    add("--task", nargs="+", default=[], metavar="NAME", help="passkey, qa1, … qa20, qa1-5 or dataset (default: all)")
+    add("--names", nargs="+", default=[], metavar="NAME", help="of the paths, in their order (default: of the folders)")
+    add("--scoring", default="official", metavar="RULE", help="of scores.json: official, strict, contains")
+    add("--no_published", action="store_true", help="leave out the published figures")
+    add_output(add, "default: runs/report", "runs/report")
+    parser.set_defaults(run=report)
+
+
+def add_output(add, help, default=None):
+    add("--output_dir", metavar="DIR", default=default, help=help)
+    add("--overwrite", action="store_true", help="replace the files of an earlier run in --output_dir")
+
+
 def evaluate(options):
     options.update(task=tuple(options["task"]), lengths=tuple(options["lengths"]))
     settings = EvaluationSettings(**options)
@@ -215,6 +272,18 @@ def merge(options):
     print(f"merged into {options['output_dir']} over {options['merge_base']} weights; relative gap of its logits")
     print(f"  {gaps['same_base']:.1e}  to the adapter over the same weights (rounding)")
     print(f"  {gaps['as_trained']:.1e}  to the adapter as it was trained")
+
+
+def rescore(options):
+    from lrmt.evaluation.rescore import score_folder
+
+    score_folder(**options)
+
+
+def report(options):
+    from lrmt.evaluation.report import run_report
+
+    run_report(**options)
 
 
 def quiet_libraries():

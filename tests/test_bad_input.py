@@ -35,6 +35,13 @@ def world(backbones, trained, tmp_path_factory):
     (world / "type.yaml").write_text("segment_length: long\n")
     (world / "babi").mkdir()
     (world / "babi" / "qa1_train.txt").write_text("1 Mary moved to the bathroom.\n2 Where is Mary? \tbathroom\t1\n")
+    (world / "predictions").mkdir()
+    cell = "qa1_4k_instruction_no_examples_no_post_prompt_no.csv"
+    (world / "predictions" / cell).write_text(",target,output\n0,kitchen,kitchen\n")
+    (world / "labels").mkdir()
+    (world / "labels" / cell).write_text(",target,output,question\n0,cellar,cellar,Where is Mary?\n")
+    (world / "cut_predictions").mkdir()
+    (world / "cut_predictions" / cell).write_text("")
     tokenizer = trainer.processing_class
     cpm = CpmAntConfig(
         vocab_size=1100, hidden_size=32, num_attention_heads=2, dim_head=16, dim_ff=32, num_hidden_layers=1
@@ -159,6 +166,16 @@ LRMT = [
     ("merge --adapter_path merged --output_dir new", ["--adapter_path", "merged", "merged checkpoint already", "name an adapter"]),
     ("merge --adapter_path run --output_dir full", ["--output_dir", "full", "not empty", "another"]),
     ("merge --adapter_path run --output_dir new --merge_base int4", ["--merge_base", "int4", "nf4_roundtrip"]),
+    ("score nowhere", ["FOLDER", "nowhere", "must be a folder"]),
+    ("score full --output_dir new", ["FOLDER", "full", "no .csv file", "qa1_4k_"]),
+    ("score . --output_dir new", ["rows.csv", "not named after a cell", "rename it"]),
+    ("score predictions --output_dir new", ["predictions/qa1_4k_", "no column 'question'", "target, output, question"]),
+    ("score labels --output_dir new", ["qa1_4k_", "row 1", "'cellar'", "bathroom", "correct it"]),
+    ("score cut_predictions --output_dir new", ["cut_predictions/qa1_4k_", "is empty", "write the cell again"]),
+    ("report nowhere --output_dir new", ["nowhere", "cannot be read", "results.json"]),
+    ("report full --output_dir new", ["full", "no results.json or scores.json", "mine.txt"]),
+    ("report empty.jsonl --output_dir new", ["empty.jsonl", "not JSON", "write it again"]),
+    ("score labels --output_dir full/mine.txt", ["--output_dir", "full/mine.txt", "must be a folder"]),
 ]  # fmt: skip
 
 

@@ -60,6 +60,11 @@ def run(capsys, *argv):
         ("evaluate --adapter_path ADAPTER --task qa1 --output_dir ADAPTER/config.json", "--output_dir"),
         ("evaluate --adapter_path ADAPTER --dataset_name missing.jsonl", "missing.jsonl does not exist"),
         ("evaluate --adapter_path ADAPTER --dataset_name x.jsonl --task qa1", "leave out --task"),
+        ("score", "FOLDER"),
+        ("score nowhere", "FOLDER must be a folder"),
+        ("score ADAPTER --outputdir x", "did you mean --output_dir?"),
+        ("report", "PATH"),
+        ("report ADAPTER --name x", "did you mean --names?"),
         ("merge --adapter_path ADAPTER", "--output_dir"),
         ("merge --adapter_path ADAPTER --output_dir out --merge_base nf4", "--merge_base"),
     ],
@@ -126,11 +131,11 @@ def test_version(capsys):
     assert run(capsys, "--version")[:2] == (0, f"lrmt {lrmt.__version__}\n")
 
 
-@pytest.mark.parametrize("command", ["evaluate", "merge"])
+@pytest.mark.parametrize("command", ["evaluate", "merge", "score", "report"])
 def test_help_shows_every_flag_and_an_example(capsys, command):
     code, out, _ = run(capsys, command, "--help")
     assert code == 0
-    assert f"  lrmt {command} --adapter_path " in out
+    assert f"  lrmt {command} " in out
     assert max(map(len, out.splitlines())) <= 120
 
 

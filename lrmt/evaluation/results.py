@@ -75,6 +75,27 @@ class ResultsFolder:
         write_whole(self.path / name, content)
 
 
+def check_not_there(folder, names: list[str], overwrite: bool):
+    """Raises UsageError where `folder` cannot take these files, or holds one of them already and may not lose it."""
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--output_dir must be a folder; {folder} is a file")
+    there = [name for name in names if (folder / name).exists()]
+    if there and not overwrite:
+        raise UsageError(f"--output_dir {folder} holds {there[0]} already; name another, or give --overwrite")
+
+
+def write_files(folder, files: dict[str, str | bytes]):
+    """Writes each file whole into `folder`, made if need be. Raises UsageError where it cannot be written."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            write_whole(folder / name, content)
+    except OSError as error:
+        raise UsageError(f"--output_dir {folder} cannot be written ({error.strerror}); name another") from None
+
+
 def write_whole(path: Path, content: str | bytes):
     """Writes under a temporary name and renames, so that a reader never sees half a file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
