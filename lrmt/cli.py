@@ -112,7 +112,7 @@ def add_evaluate(commands):
     add = parser.add_argument
     add("--adapter_path", required=True, metavar="DIR", help="folder that training wrote (an adapter) or lrmt merge")
     add(
-        "--task", nargs="+", default=[], metavar="NAME", help="passkey, qa1, … qa20, several make a grid; or perplexity"
+        "--task", nargs="+", default=[], metavar="NAME", help="passkey, qa1, … qa20, niah_single, memorize, detect_memorize, reasoning, several make a grid; or perplexity"
     )
     add(
         "--lengths",
@@ -132,8 +132,11 @@ def add_evaluate(commands):
         "--dataset_name",
         metavar="FILE",
         help="your own rows instead of --task: a .jsonl or .parquet file with columns input, question, target; right is "
-        "what equals the target (first line, case ignored); length_tokens is the mean",
+        "what equals the target (first line, case ignored); length_tokens is the mean. Or a Hub id, or a folder of lrmt "
+        "data build",
     )
+    add("--dataset_config", metavar="NAME", help="configuration of --dataset_name, which is its length: 4k")
+    add("--dataset_split", metavar="NAME", help="split of --dataset_name, which is its task: qa1 (default: test)")
     add(
         "--num_samples",
         type=int,
@@ -150,6 +153,8 @@ def add_evaluate(commands):
     )
     add("--babi_dir", metavar="DIR", help="official bAbI files (qa1_test.txt, …); without it qa1-qa3 are simulated")
     add("--background_dir", metavar="DIR", help="books (.txt) to hide the facts in; without it built-in prose")
+    add("--background_dataset", metavar="NAME", help="books from a data set with column text instead, as a Hub id")
+    add("--passkey_wording", default="landmark", metavar="NAME", help="landmark, longlora or infinitebench")
     add("--num_digits", type=int, default=5, metavar="N", help="of a pass key, as in training (default: 5)")
     add(
         "--question_position",

@@ -18,13 +18,13 @@ def score(target: str, output: str, question: str, task: str, rule: str = "offic
       strict    the same with whole-word labels, which mends qa7.
       contains  the target is a substring of the output, case ignored (as lm-evaluation-harness reports).
       exact     the first line equals the target, case and outer spaces ignored.
-    Task "passkey": the first integer of the output equals the target, whatever the rule. Tasks without a label set
-    (task "dataset", the user's own rows) have no official rule: `official` and `strict` mean `exact` there.
+    Tasks "passkey" and "niah_single": the first integer of the output equals the target, whatever the rule. Tasks
+    without a label set (memorize, …; task "dataset", the user's own rows) have no official rule: `official` and `strict` mean `exact` there.
     Raises ValueError for an unknown rule.
     """
     if rule not in RULES:
         raise ValueError(f"rule must be one of {', '.join(RULES)}; got {rule!r}")
-    if task == "passkey":
+    if task in ("passkey", "niah_single"):
         return _first_integer(output) == int(target)
     if rule == "contains":
         return target.strip().lower() in output.lower()

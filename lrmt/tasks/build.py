@@ -5,7 +5,6 @@ import json
 import multiprocessing
 import os
 import re
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -231,15 +230,12 @@ def _write_jsonl(path: Path, records: Iterator[dict]) -> None:
 
 def _write_whole(path: Path, write) -> None:
     """Write under a temporary name and rename: a file that is there is whole."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    os.close(handle)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        write(Path(temporary))
-        os.chmod(temporary, 0o644)
+        write(temporary)
         os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 CHATS = {  # what the user says, by --question_position
