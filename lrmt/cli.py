@@ -81,6 +81,34 @@ examples:
 """
 
 
+DATA_BUILD = """\
+Writes samples with the columns input, question, target: facts of a question, in order, between sentences of background
+text. Configuration = length, split = task, as the public sets have it:
+  datasets.load_dataset(OUTPUT_DIR, "4k", split="qa1")
+
+Facts and background have exactly --reserved_tokens tokens less than a length says, counted by --tokenizer; 0k is facts
+alone. A sample depends on seed, split, task, length and index alone. Started again, it keeps the files that are there;
+further --task and --lengths join them. The background is tokenised once, and cached in $LRMT_CACHE or ~/.cache/lrmt.
+"""
+
+DATA_BUILD_EXAMPLES = """\
+examples:
+  lrmt data build --task qa1 qa2 qa3 --lengths 0k 4k 128k 1M --background_dir books --output_dir data/babilong
+  lrmt data build --task qa1 qa5 --lengths 4k --babi_dir tasks_1-20_v1-2/en-10k --tokenizer gpt2 --output_dir data/qa
+  lrmt data build --task qa1 --lengths 4k --split train --num_samples 1000 --format chat --output_dir data/chat
+"""
+
+DATA_SHOW = """\
+Makes one sample, as lrmt data build would, and prints it with its facts highlighted and their positions in tokens.
+"""
+
+DATA_SHOW_EXAMPLES = """\
+examples:
+  lrmt data show --task qa2 --lengths 4k --background_dir books
+  lrmt data show --task niah_single --lengths 16k --depth 0.5 --index 3 --full
+"""
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, with one line for an error and no guessing of abbreviated flags."""
 
@@ -101,6 +129,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     add_merge(commands)
     add_score(commands)
     add_report(commands)
+    add_data(commands)
     return parser, commands.choices
 
 
@@ -111,7 +140,11 @@ def add_evaluate(commands):
     add = parser.add_argument
     add("--adapter_path", required=True, metavar="DIR", help="folder that training wrote (an adapter) or lrmt merge")
     add(
-        "--task", nargs="+", default=[], metavar="NAME", help="passkey, qa1, … qa20, several make a grid; or perplexity"
+        "--task",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="passkey, qa1, … qa20, niah_single, memorize, detect_memorize, reasoning, several make a grid; or perplexity",
     )
     add(
         "--lengths",
@@ -131,8 +164,11 @@ def add_evaluate(commands):
         "--dataset_name",
         metavar="FILE",
         help="your own rows instead of --task: a .jsonl or .parquet file with columns input, question, target; right is "
-        "what equals the target (first line, case ignored); length_tokens is the mean",
+        "what equals the target (first line, case ignored); length_tokens is the mean. Or a Hub id, or a folder of lrmt "
+        "data build",
     )
+    add("--dataset_config", metavar="NAME", help="configuration of --dataset_name, which is its length: 4k")
+    add("--dataset_split", metavar="NAME", help="split of --dataset_name, which is its task: qa1 (default: test)")
     add(
         "--num_samples",
         type=int,
@@ -149,6 +185,8 @@ def add_evaluate(commands):
     )
     add("--babi_dir", metavar="DIR", help="official bAbI files (qa1_test.txt, …); without it qa1-qa3 are simulated")
     add("--background_dir", metavar="DIR", help="books (.txt) to hide the facts in; without it built-in prose")
+    add("--background_dataset", metavar="NAME", help="books from a data set with column text instead, as a Hub id")
+    add("--passkey_wording", default="landmark", metavar="NAME", help="landmark, longlora or infinitebench")
     add("--num_digits", type=int, default=5, metavar="N", help="of a pass key, as in training (default: 5)")
     add(
         "--question_position",
@@ -242,6 +280,72 @@ def add_output(add, help, default=None):
     add("--overwrite", action="store_true", help="replace the files of an earlier run in --output_dir")
 
 
+def add_data(commands):
+    parser = commands.add_parser("data", help="write samples to disk, or show one", description="Makes data sets.")
+    parser.commands = parser.add_subparsers(dest="command", metavar="command", required=True)
+    build = parser.commands.add_parser(
+        "build", help="write samples", description=DATA_BUILD, epilog=DATA_BUILD_EXAMPLES
+    )
+    add_generation(build.add_argument)
+    add = build.add_argument
+    add("--output_dir", required=True, metavar="DIR", help="new, empty, or of an earlier build with these settings")
+    add(
+        "--num_samples",
+        type=int,
+        default=100,
+        metavar="N",
+        help="samples of each task and length; of a bAbI file no more than it has, except for split train (default: 100)",
+    )
+    add("--format", default="parquet", metavar="NAME", help="parquet, jsonl or chat (default: parquet)")
+    add(
+        "--question_position",
+        default="last",
+        metavar="WHERE",
+        help="of --format chat: last, first or both (default: last)",
+    )
+    add("--num_workers", type=int, default=1, metavar="N", help="processes; the files are the same (default: 1)")
+    build.set_defaults(run=build_data)
+    show = parser.commands.add_parser("show", help="print one sample", description=DATA_SHOW, epilog=DATA_SHOW_EXAMPLES)
+    add_generation(show.add_argument)
+    show.add_argument("--index", type=int, default=0, metavar="N", help="which sample (default: 0)")
+    show.add_argument("--full", action="store_true", help="all of the background, not only what is near the facts")
+    show.set_defaults(run=show_data)
+
+
+def add_generation(add):
+    add(
+        "--task",
+        nargs="+",
+        required=True,
+        metavar="NAME",
+        help="qa1, … qa20, niah_single, memorize, detect_memorize, reasoning",
+    )
+    add("--lengths", nargs="+", required=True, metavar="N", help="in tokens: 0k, 1k, 4k, 1M, 10M, 1500 (1k = 1000)")
+    add("--tokenizer", metavar="NAME", help="that counts tokens: a folder or Hub id (default: that of the tiny LLaMA)")
+    add("--babi_dir", metavar="DIR", help="official bAbI files (qa1_test.txt, …); without it qa1-qa3 are simulated")
+    add("--background_dir", metavar="PATH", help="books to hide the facts in: a folder of .txt, a .txt or .jsonl file")
+    add(
+        "--background_dataset",
+        metavar="NAME",
+        help="books from a data set with column text instead: a Hub id such as emozilla/pg19, streamed, or a path "
+        "(default: built-in prose)",
+    )
+    add("--repeat_background", action="store_true", help="begin again where the books end before a sample is full")
+    add("--split", default="test", metavar="NAME", help="of the bAbI files: train, validation or test (default: test)")
+    add("--seed", type=int, default=0, metavar="N", help="of stories, places and background (default: 0)")
+    add("--task_start_pct", type=float, default=0.0, metavar="X", help="facts lie after this share of it (default: 0)")
+    add("--task_end_pct", type=float, default=1.0, metavar="X", help="facts lie before this share of it (default: 1)")
+    add("--depth", type=float, metavar="X", help="share 0..1 of the background before the first fact (default: any)")
+    add("--max_n_facts", type=int, metavar="N", help="leave out bAbI stories with more facts than this")
+    add(
+        "--reserved_tokens",
+        type=int,
+        default=300,
+        metavar="N",
+        help="of a length, kept for question and answer (default: 300, as in the public sets)",
+    )
+
+
 def evaluate(options):
     options.update(task=tuple(options["task"]), lengths=tuple(options["lengths"]))
     settings = EvaluationSettings(**options)
@@ -286,6 +390,23 @@ def report(options):
     run_report(**options)
 
 
+def build_data(options):
+    quiet_libraries()
+    from lrmt.tasks.build import BuildSettings, build
+
+    options.update(task=tuple(options["task"]), lengths=tuple(options["lengths"]))
+    files = build(BuildSettings(**options))
+    print(f"{len(files)} files are in {options['output_dir']}; load them with")
+    print(f'  datasets.load_dataset("{options["output_dir"]}", "{files[0].parent.name}", split="{options["task"][0]}")')
+
+
+def show_data(options):
+    quiet_libraries()
+    from lrmt.tasks.show import ShowSettings, show
+
+    show(ShowSettings(**options | {"task": tuple(options["task"]), "lengths": tuple(options["lengths"])}))
+
+
 def quiet_libraries():
     """Leaves errors, and the warnings of lrmt itself."""
     import logging
@@ -302,13 +423,17 @@ def quiet_libraries():
 def parse(argv) -> dict:
     """Options by name; whatever is mistyped ends here with a suggestion, before argparse misses what it should have been."""
     parser, commands = build_parser()
-    if argv and not argv[0].startswith("-"):
-        if argv[0] not in commands:
-            parser.error(f"no command {argv[0]!r}{suggest(argv[0], commands)}")
-        flags = commands[argv[0]]._option_string_actions
-        for flag in (word.split("=")[0] for word in argv[1:] if word.startswith("--")):
+    at, words = parser, list(argv)
+    while commands and words and not words[0].startswith("-"):
+        if words[0] not in commands:
+            at.error(f"no command {words[0]!r}{suggest(words[0], commands)}")
+        at = commands[words.pop(0)]
+        commands = getattr(at, "commands", None) and at.commands.choices
+    if at is not parser:
+        flags = at._option_string_actions
+        for flag in (word.split("=")[0] for word in words if word.startswith("--")):
             if flag not in flags:
-                commands[argv[0]].error(f"no flag {flag}{suggest(flag, flags)}")
+                at.error(f"no flag {flag}{suggest(flag, flags)}")
     return vars(parser.parse_args(argv))
 
 

@@ -112,9 +112,13 @@ def build_tasks(settings: EvaluationSettings, tokenizer, segment_length: int) ->
             seed=settings.seed,
             babi_dir=settings.babi_dir,
             background=background,
+            background_dataset=None if background is not None else settings.background_dataset,
             segment_length=segment_length,
             dataset_path=settings.dataset_name,
+            dataset_config=settings.dataset_config,
+            dataset_split=settings.dataset_split,
             num_digits=settings.num_digits,
+            passkey_wording=settings.passkey_wording,
             question_position=settings.question_position,
             max_n_facts=settings.max_n_facts,
         )

@@ -10,7 +10,9 @@ from lrmt import __version__
 from lrmt.errors import UsageError, suggest
 from lrmt.evaluation.metrics import RULES, TASK_LABELS
 
-TASKS = ("passkey", *sorted(TASK_LABELS, key=lambda name: int(name[2:])))
+NEEDLES = ("niah_single", "memorize", "detect_memorize", "reasoning")
+TASKS = ("passkey", *sorted(TASK_LABELS, key=lambda name: int(name[2:])), *NEEDLES)
+KNOWN_TASKS = f"passkey, qa1, … qa20, {', '.join(NEEDLES)}, perplexity"
 SPLITS = ("train", "validation", "test")
 DEFAULT_LENGTHS = ("1", "2", "4", "8", "16", "32")
 PERPLEXITY_LENGTHS = ("1", "2", "4", "8")
@@ -27,6 +29,8 @@ class EvaluationSettings:
     task: tuple[str, ...] = ()
     lengths: tuple[str, ...] = ()
     dataset_name: str | None = None
+    dataset_config: str | None = None
+    dataset_split: str | None = None
     text_path: str | None = None
     num_samples: int | None = None
     batch_size: int = 8
@@ -34,7 +38,9 @@ class EvaluationSettings:
     split: str = "test"
     babi_dir: str | None = None
     background_dir: str | None = None
+    background_dataset: str | None = None
     num_digits: int = 5
+    passkey_wording: str = "landmark"
     question_position: str = "last"
     max_n_facts: int | None = None
     load_in_4bit: bool | None = None
@@ -75,13 +81,11 @@ class EvaluationSettings:
 
     def _check_generated_tasks(self):
         if not self.task:
-            raise UsageError(
-                "give --task (passkey, qa1, … qa20, perplexity) or --dataset_name (a .jsonl file of your own rows)"
-            )
+            raise UsageError(f"give --task ({KNOWN_TASKS}) or --dataset_name (a .jsonl file of your own rows)")
         for name in self.task:
             if name not in TASKS:
                 got = f"{name!r}{suggest(name, (*TASKS, 'perplexity'))}"
-                raise UsageError(f"--task must be one of passkey, qa1, … qa20, perplexity; got {got}")
+                raise UsageError(f"--task must be one of {KNOWN_TASKS}; got {got}")
         for length in self.lengths:
             parse_length(length)
 
@@ -143,10 +147,14 @@ class EvaluationSettings:
             "top_k": self.top_k,
             "retrieval": self.retrieval,
             "dataset_name": fingerprint(self.dataset_name),
+            "dataset_config": self.dataset_config,
+            "dataset_split": self.dataset_split,
             "text_path": fingerprint_text(self.text_path),
             "babi_dir": resolve(self.babi_dir),
             "background_dir": resolve(self.background_dir),
+            "background_dataset": self.background_dataset,
             "num_digits": self.num_digits,
+            "passkey_wording": self.passkey_wording,
             "question_position": self.question_position,
             "max_n_facts": self.max_n_facts,
             "version": __version__,

@@ -33,7 +33,9 @@ class StreamedBackbone:
         self.kept = min(segment_length, self.reach - 1) if recurrence == "window" else segment_length
 
     @torch.inference_mode()
-    def generate(self, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int, eos_token_id: int, **ignored) -> Tensor:
+    def generate(
+        self, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int, eos_token_id: int, **ignored
+    ) -> Tensor:
         """Prompts `[B, T]`, padded on the left, and up to `max_new_tokens` greedy tokens behind them, `[B, T + new]`."""
         batch, width = input_ids.shape
         pad = -width % self.length
