@@ -34,7 +34,9 @@ def make_plainly(task, tokenizer, index: int, length: int) -> np.ndarray:
         sentences.append(tokenizer(text, add_special_tokens=False)["input_ids"][:room])
         room -= len(sentences[-1])
         number = (number + 1) % (len(background.offsets) - 1)
-    for gap, fact in zip(np.sort(rng.integers(len(sentences) + 1, size=len(facts) - 1))[::-1], facts[-2::-1], strict=True):
+    for gap, fact in zip(
+        np.sort(rng.integers(len(sentences) + 1, size=len(facts) - 1))[::-1], facts[-2::-1], strict=True
+    ):
         sentences.insert(gap, fact)
     return np.array([token for sentence in [*sentences, facts[-1]] for token in sentence])
 

@@ -5,16 +5,16 @@ import sys
 
 from lrmt import __version__
 from lrmt.errors import exit_on_error, suggest
-from lrmt.evaluation.settings import EvaluationSettings, InspectionSettings
+from lrmt.evaluation.settings import BASELINES, DEFAULT_BASELINES, EvaluationSettings, InspectionSettings
 
-EVALUATE = """\
-Accuracy by length with a 95 % confidence interval (Wilson), beside two columns measured in the same run:
-  untrained   the same memory before training (the adapter disabled)
-  backbone    the bare model, shown as much of the END of the text as one segment holds
+EVALUATE = f"""\
+Accuracy by length with a 95 % confidence interval (Wilson), beside baselines measured in the same run (--baseline):
+{chr(10).join(f"  {name:15} {what}" for name, what in BASELINES.items())}
 
 Writes results.json (one record a cell: model, task, length_tokens, segments, accuracy, ci_low, ci_high, n; accuracy
-and interval in 0..1), heatmap.png and settings.json. Started again with the same settings, it keeps the finished cells
-and measures the others, further --lengths and --task included.
+and interval in 0..1), heatmap.png, settings.json, and the answers to bAbI tasks as BABILong's leaderboard takes them
+(babilong_evals). Started again with the same settings, it keeps the finished cells and measures the others, further
+--lengths, --task and --baseline included. Under accelerate launch the processes share the questions.
 
 --task perplexity --text_path PATH measures perplexity by context length instead, of the three on the same tokens: the
 last half segment before a drawn place of the text, after 1, 2, 4, … segments that end there. Writes perplexity.json
@@ -26,6 +26,8 @@ examples:
   lrmt evaluate --adapter_path runs/passkey --task passkey --lengths 1 2 4 8 16 32
   lrmt evaluate --adapter_path runs/qa1 --task qa1 qa2 --lengths 4k 16k 64k --background_dir books
   lrmt evaluate --adapter_path runs/qa1 --task qa1 --babi_dir tasks_1-20_v1-2/en-valid-10k --num_samples 1000
+  lrmt evaluate --adapter_path runs/qa1 --task qa1 qa2 qa3 --lengths 1 2 4 8 --baseline backbone sliding_window xl rag
+  lrmt evaluate --adapter_path runs/passkey --task passkey --lengths 4 8 16 --depths 0 0.25 0.5 0.75 1
   lrmt evaluate --adapter_path runs/mine --dataset_name questions.jsonl
   lrmt evaluate --adapter_path runs/books --task perplexity --text_path books --split validation --lengths 1 2 4 8
 """
@@ -152,7 +154,7 @@ def add_evaluate(commands):
         default=[],
         metavar="N",
         help="segments as plain numbers (8); tokens with k or M (4k, 1M; 1k = 1000), rounded down to whole segments so "
-        "that the question lies in the last one (default: 1 2 4 8 16 32; of perplexity 1 2 4 8)",
+        "that the question lies in the last one; 0k: facts without background (default: 1 2 4 8 16 32; of perplexity 1 2 4 8)",
     )
     add(
         "--text_path",
@@ -198,6 +200,21 @@ def add_evaluate(commands):
     add("--load_in_4bit", action="store_true", default=None, help="backbone in NF4 (default: as trained)")
     add("--no_load_in_4bit", dest="load_in_4bit", action="store_false", help="backbone in full (default: as trained)")
     add_reading(add)
+    add_baselines(add)
+    add(
+        "--depths",
+        nargs="+",
+        type=float,
+        default=[],
+        metavar="X",
+        help="shares 0..1 of the text before the first fact, each measured by itself, and drawn in depths.png (default: any)",
+    )
+    add(
+        "--stop_below",
+        type=float,
+        metavar="X",
+        help="do not measure a model on longer texts of a task once its whole interval lies below this (0..1)",
+    )
     add(
         "--scoring",
         default="official",
@@ -208,6 +225,28 @@ def add_evaluate(commands):
     add("--output_dir", metavar="DIR", help="default: ADAPTER_PATH/evaluation, or ADAPTER_PATH/perplexity")
     add("--overwrite", action="store_true", help="replace an evaluation of other settings in --output_dir")
     parser.set_defaults(run=evaluate)
+
+
+def add_baselines(add):
+    add(
+        "--baseline",
+        nargs="*",
+        default=list(DEFAULT_BASELINES),
+        metavar="NAME",
+        help=f"any of {', '.join(BASELINES)} (default: {' '.join(DEFAULT_BASELINES)})",
+    )
+    add(
+        "--rag_chunks", default="sentences", metavar="N", help="of rag: sentences, or tokens a passage, 512 (sentences)"
+    )
+    add("--rag_top_k", type=int, default=5, metavar="N", help="of rag: passages shown (default: 5)")
+    add("--rag_order", default="document", metavar="HOW", help="of rag: document or similarity (default: document)")
+    add("--rag_model", metavar="NAME", help="of rag: a sentence-transformers model ranks instead of BM25")
+    add("--api_model", metavar="NAME", help="of api: model at $OPENAI_BASE_URL, asked with $OPENAI_API_KEY")
+    add("--api_concurrency", type=int, default=8, metavar="N", help="of api: prompts in flight (default: 8)")
+    add("--api_timeout", type=float, default=120.0, metavar="S", help="of api: seconds for an answer (default: 120)")
+    add("--api_max_retries", type=int, default=6, metavar="N", help="of api: tries after the first (default: 6)")
+    add("--api_input_price", type=float, metavar="X", help="of api: of a million tokens in, for the cost estimate")
+    add("--api_output_price", type=float, metavar="X", help="of api: of a million tokens out, for the cost estimate")
 
 
 def add_reading(add):
@@ -347,7 +386,7 @@ def add_generation(add):
 
 
 def evaluate(options):
-    options.update(task=tuple(options["task"]), lengths=tuple(options["lengths"]))
+    options.update({name: tuple(options[name]) for name in ("task", "lengths", "baseline", "depths")})
     settings = EvaluationSettings(**options)
     quiet_libraries()
     if settings.measures_perplexity:

@@ -1,6 +1,7 @@
 """The heat map of BABILong, tasks by context size, red to green; that of retrieval; and perplexity by context length."""
 
 import io
+from collections import defaultdict
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,15 +23,22 @@ class Panel:
 
 
 def draw_heatmap(records: list[dict]) -> bytes:
-    """A PNG with a row for each (task, model), a column for each context size, and accuracies of 0..100."""
+    """A PNG with a row for each (task, model), a column for each context size, and accuracies of 0..100.
+
+    Cells at several depths are one, their mean; cells that failed stay empty.
+    """
     rows = list(dict.fromkeys((record["task"], record["model"]) for record in records))
     tasks = list(dict.fromkeys(task for task, _ in rows))
     rows.sort(key=lambda row: tasks.index(row[0]))
     columns = sorted({(record["length_tokens"], record["segments"]) for record in records})
-    grid = np.full((len(rows), len(columns)), np.nan)
+    cells = defaultdict(list)
     for record in records:
-        row, column = (record["task"], record["model"]), (record["length_tokens"], record["segments"])
-        grid[rows.index(row), columns.index(column)] = 100 * record["accuracy"]
+        if record["accuracy"] is not None:
+            row, column = (record["task"], record["model"]), (record["length_tokens"], record["segments"])
+            cells[rows.index(row), columns.index(column)].append(100 * record["accuracy"])
+    grid = np.full((len(rows), len(columns)), np.nan)
+    for place, values in cells.items():
+        grid[place] = np.mean(values)
     return draw_panels(
         [
             Panel(
@@ -43,7 +51,29 @@ def draw_heatmap(records: list[dict]) -> bytes:
     )
 
 
-def draw_panels(panels: list[Panel]) -> bytes:
+def draw_depths(records: list[dict]) -> bytes:
+    """A PNG of depth (0 at the top) by context size, a panel for each task and model: where in the text a fact is found."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    records = [record for record in records if record.get("depth") is not None and record["accuracy"] is not None]
+    panels = []
+    for task, model in dict.fromkeys((record["task"], record["model"]) for record in records):
+        of_panel = [record for record in records if (record["task"], record["model"]) == (task, model)]
+        depths = sorted({record["depth"] for record in of_panel})
+        tokens = sorted({record["length_tokens"] for record in of_panel})
+        grid = np.full((len(depths), len(tokens)), np.nan)
+        for record in of_panel:
+            grid[depths.index(record["depth"]), tokens.index(record["length_tokens"])] = 100 * record["accuracy"]
+        rows, columns = [f"{depth:.0%}" for depth in depths], [format_tokens(n) for n in tokens]
+        panels.append(Panel(rows=rows, columns=columns, values=grid, title=f"{task} · {model}"))
+    return draw_panels(
+        panels,
+        LinearSegmentedColormap.from_list("needle", ["#F0496E", "#EBB839", "#0CD79F"]),
+        ylabel="Depth",
+    )
+
+
+def draw_panels(panels: list[Panel], colours="RdYlGn", ylabel: str = "Tasks") -> bytes:
     """A PNG of heat maps one below the other, in BABILong's convention: tasks by context size, red to green, 0..100."""
     import matplotlib
 
@@ -58,7 +88,8 @@ def draw_panels(panels: list[Panel]) -> bytes:
     figure = plt.figure(figsize=(width + label_width + 1.6, sum(heights) + 0.4), layout="constrained")
     axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
     for panel, subplot in zip(panels, axes, strict=True):
-        mesh = draw_panel(panel, subplot, plt.get_cmap("RdYlGn"))
+        mesh = draw_panel(panel, subplot, plt.get_cmap(colours))
+        subplot.set_ylabel(ylabel)
     share = min(1.0, 6.0 / figure.get_figheight())  # a bar as high as a page is of no use
     bar = figure.colorbar(
         mesh, ax=axes, label="Accuracy, %", ticks=range(0, 101, 25), fraction=0.05, pad=0.02, shrink=share, aspect=30
@@ -85,7 +116,6 @@ def draw_panel(panel: Panel, axes, colours):
     axes.tick_params(length=0)
     axes.invert_yaxis()
     axes.set_xlabel("Context size")
-    axes.set_ylabel("Tasks")
     axes.set_title(panel.title, loc="left", fontsize="medium")
     for spine in axes.spines.values():
         spine.set_visible(False)

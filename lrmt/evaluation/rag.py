@@ -4,11 +4,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from lrmt.errors import UsageError
+from lrmt.errors import UsageError, one_line
 from lrmt.tasks.background import split_sentences
 from lrmt.tasks.base import Example, Pieces, join
-
-ORDERS = ("document", "similarity")
 
 
 class Retriever:
@@ -28,15 +26,12 @@ class Retriever:
     def __call__(self, example: Example) -> np.ndarray:
         """Token ids `[P]` of passages and question, P <= window."""
         question = self.pieces(example.question)
-        context = example.prompt_ids
-        if np.array_equal(context[-len(question) :], question):
-            context = context[: -len(question)]
-        passages = self._split(context)
+        passages = self._split(context_ids(example, self.pieces))
         if not passages:
             return question[-self.window :]
-        scores = self.rank([self.tokenizer.decode(ids).strip() for ids in passages], example.question)
+        scores = np.asarray(self.rank([self.tokenizer.decode(ids).strip() for ids in passages], example.question))
         room, chosen = self.window - len(question), []
-        for best in np.argsort(-np.asarray(scores), kind="stable")[: self.top_k].tolist():
+        for best in np.lexsort((-np.arange(len(scores)), -scores))[: self.top_k].tolist():  # of equal ones the latest
             if len(passages[best]) <= room:
                 chosen.append(best)
                 room -= len(passages[best])
@@ -50,29 +45,36 @@ class Retriever:
         return self.pieces.encode(split_sentences(self.tokenizer.decode(context, skip_special_tokens=True)))
 
 
+def context_ids(example: Example, pieces: Pieces) -> np.ndarray:
+    """The prompt without the question, where it ends with it."""
+    question = pieces(example.question)
+    ends = np.array_equal(example.prompt_ids[-len(question) :], question)
+    return example.prompt_ids[: -len(question)] if ends else example.prompt_ids
+
+
 def bm25(passages: Sequence[str], question: str) -> np.ndarray:
-    """Okapi BM25 of each passage (Robertson & Zaragoza 2009), English stop words left out; later passages win ties."""
-    import bm25s
+    """Okapi BM25 of each passage (Robertson & Zaragoza 2009), English stop words left out: `[n]`."""
+    (bm25s,) = require("rag", "bm25s")
 
     def tokenize(texts):
         return bm25s.tokenize(list(texts), stopwords="en", return_ids=False, show_progress=False)
 
     words, (asked,) = tokenize(passages), tokenize([question])
-    if not any(words):
+    known = [word for word in asked if any(word in passage for passage in words)]
+    if not known:
         return np.zeros(len(passages))
     index = bm25s.BM25()
     index.index(words, show_progress=False)
-    return index.get_scores([word for word in asked if word in index.vocab_dict]) + 1e-6 * np.arange(len(passages))
+    return index.get_scores(known)
 
 
 def embedding_ranker(model_name_or_path: str, device: str = "cpu") -> Callable[[Sequence[str], str], np.ndarray]:
     """Cosine similarity of a sentence-transformers model, by a FAISS index over the passages."""
-    faiss, transformers = require("rag", "faiss", "sentence_transformers")
+    faiss, encoders = require("rag", "faiss", "sentence_transformers")
     try:
-        encoder = transformers.SentenceTransformer(model_name_or_path, device=device)
+        encoder = encoders.SentenceTransformer(model_name_or_path, device=device)
     except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UsageError(f"--rag_model {model_name_or_path} cannot be loaded ({first})") from None
+        raise UsageError(f"--rag_model {model_name_or_path} cannot be loaded ({one_line(error)})") from None
 
     def encode(texts):
         return encoder.encode(list(texts), normalize_embeddings=True, convert_to_numpy=True).astype(np.float32)

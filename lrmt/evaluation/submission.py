@@ -19,7 +19,7 @@ from lrmt.evaluation.results import to_json, write_whole
 COLUMNS = ("target", "output", "question")
 PROMPT_PARTS = ("instruction", "examples", "post_prompt", "chat_template")
 STEM = re.compile(
-    r"(?P<task>qa[1-9]\d?)_(?P<length>\d+[kM])_"
+    r"(?P<task>qa[1-9]\d?)_(?P<length>\d+[kM]?)_"
     r"(?P<variant>instruction_(?:yes|no)_examples_(?:yes|no)_post_prompt_(?:yes|no)(?:_chat_template_(?:yes|no))?)"
 )
 
@@ -40,7 +40,9 @@ class Predictions:
 
 
 def count_tokens(length: str) -> int:
-    """Tokens in BABILong's name of a length: 0k, 4k, 1M, where 1k = 1000."""
+    """Tokens in BABILong's name of a length: 0k, 4k, 1M, where 1k = 1000; a length without such a name is its tokens, 768."""
+    if length.isdigit():
+        return int(length)
     return int(length[:-1]) * {"k": 1_000, "M": 1_000_000}[length[-1]]
 
 
