@@ -30,7 +30,7 @@ def adapter(tmp_path, monkeypatch):
     monkeypatch.setattr(lrmt, "load", lambda path, **options: model, raising=False)
     monkeypatch.setattr(run, "load_tokenizer", lambda path: FakeTokenizer())
     monkeypatch.setattr(run, "read_segment_length", lambda path: SEGMENT)
-    monkeypatch.setattr(run, "build_tasks", lambda settings, tokenizer, length: {t: FakeTask() for t in settings.task})
+    monkeypatch.setattr(run, "build_tasks", lambda settings, *_: {t: FakeTask() for t in settings.task})
     return folder, model
 
 
