@@ -71,6 +71,9 @@ def test_names_tasks_and_no_published(runs):
     options = {"names": ["A", "B"], "task": ["qa1"], "no_published": True, "output_dir": runs / "out"}
     run_report(paths, **options)
     assert list(read_table(runs / "out")) == [("qa1", "A rmt"), ("qa1", "A backbone"), ("qa1", "B rmt")]
+    run_report(paths, names=["A", "B"], task=["passkey"], output_dir=runs / "other")
+    assert list(read_table(runs / "other")) == [("passkey", "A rmt")]
+    assert "arXiv" not in (runs / "other" / "report.md").read_text()
 
 
 def test_scored_folders_show_one_rule_and_tell_prompts_apart(tmp_path):
