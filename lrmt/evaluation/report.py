@@ -86,7 +86,8 @@ def find_column(tokens: int) -> int:
 def read_series(path: Path, name: str | None, scoring: str) -> list[Series]:
     """The models of one results.json or scores.json, or of a folder that holds either, or both.
 
-    `name` stands for the run of a results.json (else that of its folder) and for the model of a scores.json.
+    `name` stands for the run of a results.json (else that of its folder) and for the model of a scores.json; where that
+    holds several, before them.
     """
     if path.is_dir():
         files = [path / file for file in FILES if (path / file).is_file()]
@@ -99,11 +100,11 @@ def read_series(path: Path, name: str | None, scoring: str) -> list[Series]:
     records = read_records(path)
     if "rule" in records[0]:
         records = [record for record in records if record["rule"] == scoring]
-        several = len({record["variant"] for record in records}) > 1
+        models, variants = ({record.get(key, "") for record in records} for key in ("model", "variant"))
 
         def label(record):
-            suffix = f" ({describe_variant(record['variant'])})" if several else ""
-            return (name or record["model"]) + suffix
+            model = record["model"] if name is None else name if len(models) == 1 else f"{name} {record['model']}"
+            return f"{model} ({describe_variant(record['variant'])})" if len(variants) > 1 else model
 
     else:
         rule = read_rule(path)
@@ -150,6 +151,10 @@ def read_records(path: Path) -> list[dict]:
                 raise UsageError(f"{path} record {number} has no {key!r}; name a results.json or scores.json")
         if record["task"] not in ORDER:
             raise UsageError(f"{path} record {number}: task {record['task']!r} is unknown; write the file again")
+        if not isinstance(record["length_tokens"], int):
+            raise UsageError(
+                f"{path} record {number}: length_tokens {record['length_tokens']!r} is no number; write the file again"
+            )
         accuracy = record["accuracy"]  # None: the cell failed
         if accuracy is not None and not (isinstance(accuracy, int | float) and 0 <= accuracy <= 1):
             raise UsageError(f"{path} record {number}: accuracy {accuracy!r} is not in 0..1; write the file again")

@@ -71,6 +71,9 @@ def test_names_tasks_and_no_published(runs):
     options = {"names": ["A", "B"], "task": ["qa1"], "no_published": True, "output_dir": runs / "out"}
     run_report(paths, **options)
     assert list(read_table(runs / "out")) == [("qa1", "A rmt"), ("qa1", "A backbone"), ("qa1", "B rmt")]
+    run_report(paths, names=["A", "B"], task=["passkey"], output_dir=runs / "other")
+    assert list(read_table(runs / "other")) == [("passkey", "A rmt")]
+    assert "arXiv" not in (runs / "other" / "report.md").read_text()
 
 
 def test_scored_folders_show_one_rule_and_tell_prompts_apart(tmp_path):
@@ -85,6 +88,11 @@ def test_scored_folders_show_one_rule_and_tell_prompts_apart(tmp_path):
     assert table["qa1", "two (question only)"]["4000"] == "10"
     run_report([tmp_path / "one"], scoring="contains", output_dir=tmp_path / "other")
     assert read_table(tmp_path / "other")["qa1", "org/m"]["4000"] == "80"
+    write(tmp_path / "three" / "scores.json", records + scored("org/n", FULL, "official", ("qa1", 4000, 3)))
+    for names, models in (([], ["org/m", "org/n"]), (["3"], ["3 org/m", "3 org/n"])):
+        run_report([tmp_path / "three"], names=names, no_published=True, output_dir=tmp_path / "out", overwrite=True)
+        table = read_table(tmp_path / "out")
+        assert [table["qa1", model]["4000"] for model in models] == ["50", "30"] and len(table) == 2
 
 
 def test_results_of_another_rule_say_so(runs):
@@ -142,6 +150,7 @@ def test_published_figures_are_whole():
         ("[]", "no record yet"),
         ('[{"model": "m", "task": "qa1", "length_tokens": 1, "perplexity": 9.0}]', "record 1 has no 'accuracy'"),
         ('[{"model": "m", "task": "qa1", "length_tokens": 1, "accuracy": 90}]', "accuracy 90 is not in 0..1"),
+        ('[{"model": "m", "task": "qa1", "length_tokens": "4k", "accuracy": 0.9}]', "length_tokens '4k' is no number"),
         ('[{"model": "m", "task": "qa21", "length_tokens": 1, "accuracy": 0.9}]', "'qa21' is unknown"),
     ],
 )
