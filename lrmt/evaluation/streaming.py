@@ -10,7 +10,8 @@ from lrmt.errors import UsageError
 class StreamedBackbone:
     """Greedy answers of a backbone that keeps the keys and values of the last segment's tokens and forgets the others.
 
-    A text is cut into segments of `segment_length` tokens that end with the text, so a padded batch equals its rows alone.
+    A text is cut into segments of `segment_length` tokens, the last of which holds the end of the prompt and the answer, wherever
+    the prompt begins; so a padded batch equals its rows alone.
 
     Args:
         backbone: a transformers decoder with rotary (relative) positions.
@@ -38,7 +39,7 @@ class StreamedBackbone:
     ) -> Tensor:
         """Prompts `[B, T]`, padded on the left, and up to `max_new_tokens` greedy tokens behind them, `[B, T + new]`."""
         batch, width = input_ids.shape
-        pad = -width % self.length
+        pad = -(width + max_new_tokens) % self.length
         ids = torch.nn.functional.pad(input_ids, (pad, 0))
         seen = torch.nn.functional.pad(attention_mask.bool(), (pad, 0))
         self._begin(batch, ids.device)
