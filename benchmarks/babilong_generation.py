@@ -2,9 +2,9 @@
 
     python benchmarks/babilong_generation.py --background_dir books
 
-The plain algorithm takes the same books, already split into sentences, and tokenises them one by one for every sample. "text" is the row that `lrmt data
-build` writes, "ids" the example that training reads. The best of `--rounds` samples counts; the plain algorithm runs up to
-`--plain_tokens` tokens once. Books shorter than a sample are repeated; without books built-in prose is written.
+The plain algorithm takes the same books, already split into sentences, and tokenises them one by one for every sample.
+"text" is the row that `lrmt data build` writes, "ids" the example that training reads. The best of `--rounds` samples
+counts; the plain algorithm runs once, up to `--plain_tokens` tokens. Books shorter than a sample are repeated; without books built-in prose is written.
 """
 
 import os
@@ -34,7 +34,9 @@ def make_plainly(task, tokenizer, index: int, length: int) -> np.ndarray:
         sentences.append(tokenizer(text, add_special_tokens=False)["input_ids"][:room])
         room -= len(sentences[-1])
         number = (number + 1) % (len(background.offsets) - 1)
-    for gap, fact in zip(np.sort(rng.integers(len(sentences) + 1, size=len(facts) - 1))[::-1], facts[-2::-1], strict=True):
+    for gap, fact in zip(
+        np.sort(rng.integers(len(sentences) + 1, size=len(facts) - 1))[::-1], facts[-2::-1], strict=True
+    ):
         sentences.insert(gap, fact)
     return np.array([token for sentence in [*sentences, facts[-1]] for token in sentence])
 

@@ -112,7 +112,11 @@ def add_evaluate(commands):
     add = parser.add_argument
     add("--adapter_path", required=True, metavar="DIR", help="folder that training wrote (an adapter) or lrmt merge")
     add(
-        "--task", nargs="+", default=[], metavar="NAME", help="passkey, qa1, … qa20, niah_single, memorize, detect_memorize, reasoning, several make a grid; or perplexity"
+        "--task",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="passkey, qa1, … qa20, niah_single, memorize, detect_memorize, reasoning, several make a grid; or perplexity",
     )
     add(
         "--lengths",
@@ -244,9 +248,7 @@ def add_data(commands):
     )
     add("--num_workers", type=int, default=1, metavar="N", help="processes; the files are the same (default: 1)")
     build.set_defaults(run=build_data)
-    show = parser.commands.add_parser(
-        "show", help="print one sample", description=DATA_SHOW, epilog=DATA_SHOW_EXAMPLES
-    )
+    show = parser.commands.add_parser("show", help="print one sample", description=DATA_SHOW, epilog=DATA_SHOW_EXAMPLES)
     add_generation(show.add_argument)
     show.add_argument("--index", type=int, default=0, metavar="N", help="which sample (default: 0)")
     show.add_argument("--full", action="store_true", help="all of the background, not only what is near the facts")

@@ -19,7 +19,8 @@ def score(target: str, output: str, question: str, task: str, rule: str = "offic
       contains  the target is a substring of the output, case ignored (as lm-evaluation-harness reports).
       exact     the first line equals the target, case and outer spaces ignored.
     Tasks "passkey" and "niah_single": the first integer of the output equals the target, whatever the rule. Tasks
-    without a label set (memorize, …; task "dataset", the user's own rows) have no official rule: `official` and `strict` mean `exact` there.
+    without a label set (memorize, …; task "dataset", the user's own rows) have no official rule: `official` and `strict`
+    mean `exact` there.
     Raises ValueError for an unknown rule.
     """
     if rule not in RULES:

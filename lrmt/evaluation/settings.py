@@ -81,9 +81,7 @@ class EvaluationSettings:
 
     def _check_generated_tasks(self):
         if not self.task:
-            raise UsageError(
-                f"give --task ({KNOWN_TASKS}) or --dataset_name (a .jsonl file of your own rows)"
-            )
+            raise UsageError(f"give --task ({KNOWN_TASKS}) or --dataset_name (a .jsonl file of your own rows)")
         for name in self.task:
             if name not in TASKS:
                 got = f"{name!r}{suggest(name, (*TASKS, 'perplexity'))}"

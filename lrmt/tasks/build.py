@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import re
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -175,15 +176,17 @@ def _divide(settings: BuildSettings, tasks: dict[str, HaystackTask]) -> Iterator
 
 
 def _run(settings: BuildSettings, tasks: dict[str, HaystackTask], shards: list[Shard]) -> Iterator[Shard]:
-    """Write shards, here or in processes that open the cached background by themselves; each is told when it is done."""
-    if settings.num_workers == 1 or len(shards) < 2:
-        for shard in shards:
-            _write_shard(settings, tasks[shard.task], shard)
-            yield shard
-        return
+    """Write shards, here or in other processes; each is told when it is done."""
     workers = min(settings.num_workers, len(shards))
-    fresh = multiprocessing.get_context("spawn")  # a fork would share the tokenizer's threads
-    with ProcessPoolExecutor(workers, fresh, initializer=_start_worker, initargs=(settings,)) as pool:
+    if workers < 2:
+        for shard in shards:
+            yield _write_shard(settings, tasks[shard.task], shard)
+        return
+    forks = sys.platform == "linux"  # elsewhere a worker opens the cached background by itself
+    context = multiprocessing.get_context("fork" if forks else "spawn")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # or the tokenizer warns of the fork; a worker is one thread
+    given = (settings, tasks if forks else None)
+    with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=given) as pool:
         try:
             for done in as_completed([pool.submit(_work, shard) for shard in shards]):
                 yield done.result()
@@ -192,18 +195,16 @@ def _run(settings: BuildSettings, tasks: dict[str, HaystackTask], shards: list[S
             raise
 
 
-def _start_worker(settings: BuildSettings) -> None:
+def _start_worker(settings: BuildSettings, tasks: dict[str, HaystackTask] | None) -> None:
     global _settings, _tasks
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _settings, _tasks = settings, settings.open_tasks()
+    _settings, _tasks = settings, tasks or settings.open_tasks()
 
 
 def _work(shard: Shard) -> Shard:
-    _write_shard(_settings, _tasks[shard.task], shard)
-    return shard
+    return _write_shard(_settings, _tasks[shard.task], shard)
 
 
-def _write_shard(settings: BuildSettings, task: HaystackTask, shard: Shard) -> None:
+def _write_shard(settings: BuildSettings, task: HaystackTask, shard: Shard) -> Shard:
     length = settings.context_length(shard.length)
     rows = (task.row(index, length) for index in range(shard.first, shard.last))
     if settings.format == "chat":
@@ -213,6 +214,7 @@ def _write_shard(settings: BuildSettings, task: HaystackTask, shard: Shard) -> N
     shard.path.parent.mkdir(exist_ok=True)
     write = _write_parquet if settings.format == "parquet" else _write_jsonl
     _write_whole(shard.path, lambda path: write(path, records))
+    return shard
 
 
 def _write_parquet(path: Path, records: Iterator[dict]) -> None:
@@ -332,4 +334,6 @@ def load_tokenizer(name: str):
     try:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise UsageError(f"--tokenizer {name} cannot be loaded ({one_line(error)}); name a folder or a Hub id") from None
+        raise UsageError(
+            f"--tokenizer {name} cannot be loaded ({one_line(error)}); name a folder or a Hub id"
+        ) from None

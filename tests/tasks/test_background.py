@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerFast
 from lrmt.errors import UsageError
 from lrmt.tasks import babi, background, prose
 from lrmt.tasks.background import Background, ProceduralProse
-from lrmt.tasks.documents import split_sentences, strip_gutenberg
 from lrmt.tasks.base import Pieces
+from lrmt.tasks.documents import split_sentences, strip_gutenberg
 
 
 @pytest.mark.parametrize(
