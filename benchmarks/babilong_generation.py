@@ -4,7 +4,8 @@
 
 The plain algorithm takes the same books, already split into sentences, and tokenises them one by one for every sample.
 "text" is the row that `lrmt data build` writes, "ids" the example that training reads. The best of `--rounds` samples
-counts; the plain algorithm runs once, up to `--plain_tokens` tokens. Books shorter than a sample are repeated; without books built-in prose is written.
+counts; the plain algorithm runs once, up to `--plain_tokens` tokens. Books shorter than a sample are repeated; without
+books built-in prose is written.
 """
 
 import os

@@ -173,7 +173,7 @@ DATA = [
     ("--task qa21", ["--task", "'qa21'", "did you mean qa2"]),
     ("--lengths four", ["--lengths", "'four'", "4k"]),
     ("--lengths 300", ["--lengths 300", "--reserved_tokens 300", "ask for more"]),
-    ("--task qa3 --lengths 310", ["qa3", "fits into 10 tokens", "greater length"]),
+    ("--lengths 310", ["qa1", "fits into 10 tokens", "greater length"]),
     ("--task qa7", ["qa7", "--babi_dir"]),
     ("--output_dir full", ["--output_dir", "full", "not empty", "another"]),
     ("--output_dir full/mine.txt", ["--output_dir", "must be a folder"]),

@@ -146,7 +146,7 @@ class EvaluationSettings:
             "load_in_4bit": self.load_in_4bit,
             "top_k": self.top_k,
             "retrieval": self.retrieval,
-            "dataset_name": fingerprint(self.dataset_name),
+            "dataset_name": fingerprint_text(self.dataset_name),
             "dataset_config": self.dataset_config,
             "dataset_split": self.dataset_split,
             "text_path": fingerprint_text(self.text_path),

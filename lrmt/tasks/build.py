@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -18,7 +19,7 @@ from lrmt.errors import UsageError, one_line, suggest
 from lrmt.tasks import HAYSTACKS, Background, ProceduralProse, build_task
 from lrmt.tasks.background import MAX_DATASET_TOKENS
 from lrmt.tasks.base import SPLITS
-from lrmt.tasks.cache import fingerprint_tokenizer
+from lrmt.tasks.cache import digest, fingerprint_tokenizer
 from lrmt.tasks.haystack import HaystackTask, Row
 
 FORMATS = {"parquet": "parquet", "jsonl": "jsonl", "chat": "jsonl"}  # and what their files end in
@@ -197,6 +198,7 @@ def _run(settings: BuildSettings, tasks: dict[str, HaystackTask], shards: list[S
 
 def _start_worker(settings: BuildSettings, tasks: dict[str, HaystackTask] | None) -> None:
     global _settings, _tasks
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # what is being written is finished, and nothing more begun
     _settings, _tasks = settings, tasks or settings.open_tasks()
 
 
@@ -280,7 +282,8 @@ def _identify(settings: BuildSettings, task: HaystackTask) -> dict:
     left_out = ("task", "lengths", "output_dir", "num_workers", "background_dir", "background_dataset", "tokenizer")
     kept = {k: v for k, v in dataclasses.asdict(settings).items() if k not in left_out}
     return kept | {
-        "babi_dir": settings.babi_dir and str(Path(settings.babi_dir).resolve()),
+        "babi_dir": settings.babi_dir
+        and digest(*(p.read_text() for p in sorted(Path(settings.babi_dir).glob("*.txt")))),
         "background": task.background.fingerprint,
         "tokenizer": fingerprint_tokenizer(task.pieces.tokenizer),
         "version": lrmt.__version__,
