@@ -159,6 +159,7 @@ LRMT = [
     ("evaluate --adapter_path run --dataset_name column.jsonl", ["column.jsonl row 1", "'target'"]),
     ("data build --task qa1 --lengths 1k --output_dir new --background_dataset nowhere.jsonl", ["--background_dataset"]),
     ("data show --task qa1 --lengths 4k --index -1", ["--index", "-1"]),
+    ("evaluate --adapter_path run --task qa1 --background_dir full --background_dataset a/b", ["--background_dataset", "Name one"]),
     ("evaluate --adapter_path run --task passkey --lengths 2 --passkey_wording rular", ["--passkey_wording", "rular", "longlora"]),
     ("merge --adapter_path nowhere --output_dir new", ["--adapter_path", "nowhere", "no such folder"]),
     ("merge --adapter_path empty_folder --output_dir new", ["--adapter_path", "empty_folder", "missing"]),

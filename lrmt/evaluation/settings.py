@@ -74,6 +74,11 @@ class EvaluationSettings:
             folder = getattr(self, flag)
             if folder is not None and not Path(folder).is_dir():
                 raise UsageError(f"--{flag} must be a folder; got {folder}")
+        if self.background_dir is not None and self.background_dataset is not None:
+            raise UsageError(
+                "--background_dir and --background_dataset exclude each other; "
+                f"got {self.background_dir} and {self.background_dataset}. Name one"
+            )
         if self.background_dir is not None and not any(Path(self.background_dir).rglob("*.txt")):
             raise UsageError(f"--background_dir {self.background_dir} holds no .txt file; name a folder of text books")
         if self.folder.exists() and not self.folder.is_dir():
