@@ -2,9 +2,10 @@
 
     python benchmarks/babilong_generation.py --background_dir books
 
-The plain algorithm takes the same books, already split into sentences, and tokenises them one by one for every sample. "text" is the row that `lrmt data
-build` writes, "ids" the example that training reads. The best of `--rounds` samples counts; the plain algorithm runs up to
-`--plain_tokens` tokens once. Books shorter than a sample are repeated; without books built-in prose is written.
+The plain algorithm takes the same books, already split into sentences, and tokenises them one by one for every sample.
+"text" is the row that `lrmt data build` writes, "ids" the example that training reads. The best of `--rounds` samples
+counts; the plain algorithm runs once, up to `--plain_tokens` tokens. Books shorter than a sample are repeated; without
+books built-in prose is written.
 """
 
 import os

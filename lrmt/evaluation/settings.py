@@ -114,6 +114,11 @@ class EvaluationSettings:
             folder = getattr(self, flag)
             if folder is not None and not Path(folder).is_dir():
                 raise UsageError(f"--{flag} must be a folder; got {folder}")
+        if self.background_dir is not None and self.background_dataset is not None:
+            raise UsageError(
+                "--background_dir and --background_dataset exclude each other; "
+                f"got {self.background_dir} and {self.background_dataset}. Name one"
+            )
         if self.background_dir is not None and not any(Path(self.background_dir).rglob("*.txt")):
             raise UsageError(f"--background_dir {self.background_dir} holds no .txt file; name a folder of text books")
         if self.folder.exists() and not self.folder.is_dir():
@@ -221,7 +226,7 @@ class EvaluationSettings:
             "load_in_4bit": self.load_in_4bit,
             "top_k": self.top_k,
             "retrieval": self.retrieval,
-            "dataset_name": fingerprint(self.dataset_name),
+            "dataset_name": fingerprint_text(self.dataset_name),
             "dataset_config": self.dataset_config,
             "dataset_split": self.dataset_split,
             "text_path": fingerprint_text(self.text_path),

@@ -5,6 +5,8 @@ import json
 import multiprocessing
 import os
 import re
+import signal
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ from lrmt.errors import UsageError, one_line, suggest
 from lrmt.tasks import HAYSTACKS, Background, ProceduralProse, build_task
 from lrmt.tasks.background import MAX_DATASET_TOKENS
 from lrmt.tasks.base import SPLITS
-from lrmt.tasks.cache import fingerprint_tokenizer
+from lrmt.tasks.cache import digest, fingerprint_tokenizer
 from lrmt.tasks.haystack import HaystackTask, Row
 
 FORMATS = {"parquet": "parquet", "jsonl": "jsonl", "chat": "jsonl"}  # and what their files end in
@@ -175,15 +177,17 @@ def _divide(settings: BuildSettings, tasks: dict[str, HaystackTask]) -> Iterator
 
 
 def _run(settings: BuildSettings, tasks: dict[str, HaystackTask], shards: list[Shard]) -> Iterator[Shard]:
-    """Write shards, here or in processes that open the cached background by themselves; each is told when it is done."""
-    if settings.num_workers == 1 or len(shards) < 2:
-        for shard in shards:
-            _write_shard(settings, tasks[shard.task], shard)
-            yield shard
-        return
+    """Write shards, here or in other processes; each is told when it is done."""
     workers = min(settings.num_workers, len(shards))
-    fresh = multiprocessing.get_context("spawn")  # a fork would share the tokenizer's threads
-    with ProcessPoolExecutor(workers, fresh, initializer=_start_worker, initargs=(settings,)) as pool:
+    if workers < 2:
+        for shard in shards:
+            yield _write_shard(settings, tasks[shard.task], shard)
+        return
+    forks = sys.platform == "linux"  # elsewhere a worker opens the cached background by itself
+    context = multiprocessing.get_context("fork" if forks else "spawn")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # or the tokenizer warns of the fork; a worker is one thread
+    given = (settings, tasks if forks else None)
+    with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=given) as pool:
         try:
             for done in as_completed([pool.submit(_work, shard) for shard in shards]):
                 yield done.result()
@@ -192,18 +196,17 @@ def _run(settings: BuildSettings, tasks: dict[str, HaystackTask], shards: list[S
             raise
 
 
-def _start_worker(settings: BuildSettings) -> None:
+def _start_worker(settings: BuildSettings, tasks: dict[str, HaystackTask] | None) -> None:
     global _settings, _tasks
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _settings, _tasks = settings, settings.open_tasks()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # what is being written is finished, and nothing more begun
+    _settings, _tasks = settings, tasks or settings.open_tasks()
 
 
 def _work(shard: Shard) -> Shard:
-    _write_shard(_settings, _tasks[shard.task], shard)
-    return shard
+    return _write_shard(_settings, _tasks[shard.task], shard)
 
 
-def _write_shard(settings: BuildSettings, task: HaystackTask, shard: Shard) -> None:
+def _write_shard(settings: BuildSettings, task: HaystackTask, shard: Shard) -> Shard:
     length = settings.context_length(shard.length)
     rows = (task.row(index, length) for index in range(shard.first, shard.last))
     if settings.format == "chat":
@@ -213,6 +216,7 @@ def _write_shard(settings: BuildSettings, task: HaystackTask, shard: Shard) -> N
     shard.path.parent.mkdir(exist_ok=True)
     write = _write_parquet if settings.format == "parquet" else _write_jsonl
     _write_whole(shard.path, lambda path: write(path, records))
+    return shard
 
 
 def _write_parquet(path: Path, records: Iterator[dict]) -> None:
@@ -278,7 +282,8 @@ def _identify(settings: BuildSettings, task: HaystackTask) -> dict:
     left_out = ("task", "lengths", "output_dir", "num_workers", "background_dir", "background_dataset", "tokenizer")
     kept = {k: v for k, v in dataclasses.asdict(settings).items() if k not in left_out}
     return kept | {
-        "babi_dir": settings.babi_dir and str(Path(settings.babi_dir).resolve()),
+        "babi_dir": settings.babi_dir
+        and digest(*(p.read_text() for p in sorted(Path(settings.babi_dir).glob("*.txt")))),
         "background": task.background.fingerprint,
         "tokenizer": fingerprint_tokenizer(task.pieces.tokenizer),
         "version": lrmt.__version__,
