@@ -81,6 +81,9 @@ def test_commands_parse(where, line, monkeypatch):
     elif program == "lrmt":
         parse_lrmt(flags)
     elif program == "accelerate":
+        if "-m" in flags:
+            assert flags[flags.index("-m") + 1] == "lrmt.cli"
+            return parse_lrmt(flags[flags.index("-m") + 2 :])
         script = next(i for i, word in enumerate(flags) if word.endswith(".py"))
         if "--config_file" in flags[:script]:
             assert (ROOT / flags[flags.index("--config_file") + 1]).is_file()
