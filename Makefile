@@ -27,6 +27,7 @@ bench: .venv/runtime
 	$(BIN)/python benchmarks/throughput.py
 	$(BIN)/python benchmarks/landmark_throughput.py
 	$(BIN)/python benchmarks/landmark_read.py
+	$(BIN)/python benchmarks/babilong_generation.py
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -65,7 +65,8 @@ class TaskArguments(TrlScriptArguments):
     task: str = field(
         default="passkey",
         metadata={
-            "help": "passkey, qa1, qa2, qa3, several separated by commas, dataset (--dataset_name) or text (--text_path)."
+            "help": "passkey, qa1 to qa20, niah_single, memorize, detect_memorize, reasoning, several separated by commas, "
+            "dataset (--dataset_name) or text (--text_path)."
         },
     )
     dataset_name: str | None = field(
@@ -87,7 +88,14 @@ class TaskArguments(TrlScriptArguments):
     background_dir: str | None = field(
         default=None, metadata={"help": "Folder of .txt books that hide the facts; default: built-in procedural prose."}
     )
+    background_dataset: str | None = field(
+        default=None,
+        metadata={"help": "Books from a data set with column text instead: a Hub id, streamed, or a path."},
+    )
     num_digits: int = field(default=5, metadata={"help": "Digits of a pass key."})
+    passkey_wording: str = field(
+        default="landmark", metadata={"help": "Wording of the pass key task: landmark, longlora or infinitebench."}
+    )
     question_position: str = field(
         default="last", metadata={"help": "Where BABILong's question stands: last, first or both."}
     )

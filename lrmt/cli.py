@@ -5,16 +5,16 @@ import sys
 
 from lrmt import __version__
 from lrmt.errors import exit_on_error, suggest
-from lrmt.evaluation.settings import EvaluationSettings, InspectionSettings
+from lrmt.evaluation.settings import BASELINES, DEFAULT_BASELINES, EvaluationSettings, InspectionSettings
 
-EVALUATE = """\
-Accuracy by length with a 95 % confidence interval (Wilson), beside two columns measured in the same run:
-  untrained   the same memory before training (the adapter disabled)
-  backbone    the bare model, shown as much of the END of the text as one segment holds
+EVALUATE = f"""\
+Accuracy by length with a 95 % confidence interval (Wilson), beside baselines measured in the same run (--baseline):
+{chr(10).join(f"  {name:15} {what}" for name, what in BASELINES.items())}
 
 Writes results.json (one record a cell: model, task, length_tokens, segments, accuracy, ci_low, ci_high, n; accuracy
-and interval in 0..1), heatmap.png and settings.json. Started again with the same settings, it keeps the finished cells
-and measures the others, further --lengths and --task included.
+and interval in 0..1), heatmap.png, settings.json, and the answers to bAbI tasks as BABILong's leaderboard takes them
+(babilong_evals). Started again with the same settings, it keeps the finished cells and measures the others, further
+--lengths, --task and --baseline included. Under accelerate launch the processes share the questions.
 
 --task perplexity --text_path PATH measures perplexity by context length instead, of the three on the same tokens: the
 last half segment before a drawn place of the text, after 1, 2, 4, … segments that end there. Writes perplexity.json
@@ -26,6 +26,8 @@ examples:
   lrmt evaluate --adapter_path runs/passkey --task passkey --lengths 1 2 4 8 16 32
   lrmt evaluate --adapter_path runs/qa1 --task qa1 qa2 --lengths 4k 16k 64k --background_dir books
   lrmt evaluate --adapter_path runs/qa1 --task qa1 --babi_dir tasks_1-20_v1-2/en-valid-10k --num_samples 1000
+  lrmt evaluate --adapter_path runs/qa1 --task qa1 qa2 qa3 --lengths 1 2 4 8 --baseline backbone sliding_window xl rag
+  lrmt evaluate --adapter_path runs/passkey --task passkey --lengths 4 8 16 --depths 0 0.25 0.5 0.75 1
   lrmt evaluate --adapter_path runs/mine --dataset_name questions.jsonl
   lrmt evaluate --adapter_path runs/books --task perplexity --text_path books --split validation --lengths 1 2 4 8
 """
@@ -54,6 +56,60 @@ example:
   lrmt merge --adapter_path runs/passkey --output_dir runs/passkey-merged
 """
 
+SCORE = """\
+Scores public predictions again: a folder of <org>/<model>/<task>_<length>_instruction_….csv with the columns (index),
+target, output, question, as BABILong's leaderboard takes them. Prints accuracy by task and length for each model,
+prompt and rule: official (BABILong's), strict (whole words) and contains (lm-evaluation-harness's).
+
+With --output_dir, writes scores.json (the records of results.json, with rule and variant) and heatmap_<rule>.png.
+"""
+
+SCORE_EXAMPLES = """\
+examples:
+  lrmt score babilong_evals
+  lrmt score babilong_evals/microsoft --output_dir runs/scores
+"""
+
+REPORT = """\
+Draws results of several models side by side, with BABILong's published figures as reference rows in italics:
+report.png, report.md and report.csv, by task, model and context length. A text within 5 % of one of BABILong's lengths
+stands in its column; qa1-5 is the mean over the five tasks.
+"""
+
+REPORT_EXAMPLES = """\
+examples:
+  lrmt report runs/qa1 runs/scores/scores.json --task qa1
+  lrmt report runs/a/results.json runs/b/results.json --names small large --no_published --output_dir runs/both
+"""
+
+
+DATA_BUILD = """\
+Writes samples with the columns input, question, target: facts of a question, in order, between sentences of background
+text. Configuration = length, split = task, as the public sets have it:
+  datasets.load_dataset(OUTPUT_DIR, "4k", split="qa1")
+
+Facts and background have exactly --reserved_tokens tokens less than a length says, counted by --tokenizer; 0k is facts
+alone. A sample depends on seed, split, task, length and index alone. Started again, it keeps the files that are there;
+further --task and --lengths join them. The background is tokenised once, and cached in $LRMT_CACHE or ~/.cache/lrmt.
+"""
+
+DATA_BUILD_EXAMPLES = """\
+examples:
+  lrmt data build --task qa1 qa2 qa3 --lengths 0k 4k 128k 1M --background_dir books --output_dir data/babilong
+  lrmt data build --task qa1 qa5 --lengths 4k --babi_dir tasks_1-20_v1-2/en-10k --tokenizer gpt2 --output_dir data/qa
+  lrmt data build --task qa1 --lengths 4k --split train --num_samples 1000 --format chat --output_dir data/chat
+"""
+
+DATA_SHOW = """\
+Makes one sample, as lrmt data build would, and prints it with its facts highlighted and their positions in tokens.
+"""
+
+DATA_SHOW_EXAMPLES = """\
+examples:
+  lrmt data show --task qa2 --lengths 4k --background_dir books
+  lrmt data show --task niah_single --lengths 16k --depth 0.5 --index 3 --full
+"""
+
 
 class Parser(argparse.ArgumentParser):
     """argparse, with one line for an error and no guessing of abbreviated flags."""
@@ -73,6 +129,9 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     add_evaluate(commands)
     add_inspect(commands)
     add_merge(commands)
+    add_score(commands)
+    add_report(commands)
+    add_data(commands)
     return parser, commands.choices
 
 
@@ -83,7 +142,11 @@ def add_evaluate(commands):
     add = parser.add_argument
     add("--adapter_path", required=True, metavar="DIR", help="folder that training wrote (an adapter) or lrmt merge")
     add(
-        "--task", nargs="+", default=[], metavar="NAME", help="passkey, qa1, … qa20, several make a grid; or perplexity"
+        "--task",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="passkey, qa1, … qa20, niah_single, memorize, detect_memorize, reasoning, several make a grid; or perplexity",
     )
     add(
         "--lengths",
@@ -91,7 +154,7 @@ def add_evaluate(commands):
         default=[],
         metavar="N",
         help="segments as plain numbers (8); tokens with k or M (4k, 1M; 1k = 1000), rounded down to whole segments so "
-        "that the question lies in the last one (default: 1 2 4 8 16 32; of perplexity 1 2 4 8)",
+        "that the question lies in the last one; 0k: facts without background (default: 1 2 4 8 16 32; of perplexity 1 2 4 8)",
     )
     add(
         "--text_path",
@@ -103,8 +166,11 @@ def add_evaluate(commands):
         "--dataset_name",
         metavar="FILE",
         help="your own rows instead of --task: a .jsonl or .parquet file with columns input, question, target; right is "
-        "what equals the target (first line, case ignored); length_tokens is the mean",
+        "what equals the target (first line, case ignored); length_tokens is the mean. Or a Hub id, or a folder of lrmt "
+        "data build",
     )
+    add("--dataset_config", metavar="NAME", help="configuration of --dataset_name, which is its length: 4k")
+    add("--dataset_split", metavar="NAME", help="split of --dataset_name, which is its task: qa1 (default: test)")
     add(
         "--num_samples",
         type=int,
@@ -121,6 +187,8 @@ def add_evaluate(commands):
     )
     add("--babi_dir", metavar="DIR", help="official bAbI files (qa1_test.txt, …); without it qa1-qa3 are simulated")
     add("--background_dir", metavar="DIR", help="books (.txt) to hide the facts in; without it built-in prose")
+    add("--background_dataset", metavar="NAME", help="books from a data set with column text instead, as a Hub id")
+    add("--passkey_wording", default="landmark", metavar="NAME", help="landmark, longlora or infinitebench")
     add("--num_digits", type=int, default=5, metavar="N", help="of a pass key, as in training (default: 5)")
     add(
         "--question_position",
@@ -132,6 +200,21 @@ def add_evaluate(commands):
     add("--load_in_4bit", action="store_true", default=None, help="backbone in NF4 (default: as trained)")
     add("--no_load_in_4bit", dest="load_in_4bit", action="store_false", help="backbone in full (default: as trained)")
     add_reading(add)
+    add_baselines(add)
+    add(
+        "--depths",
+        nargs="+",
+        type=float,
+        default=[],
+        metavar="X",
+        help="shares 0..1 of the text before the first fact, each measured by itself, and drawn in depths.png (default: any)",
+    )
+    add(
+        "--stop_below",
+        type=float,
+        metavar="X",
+        help="do not measure a model on longer texts of a task once its whole interval lies below this (0..1)",
+    )
     add(
         "--scoring",
         default="official",
@@ -142,6 +225,28 @@ def add_evaluate(commands):
     add("--output_dir", metavar="DIR", help="default: ADAPTER_PATH/evaluation, or ADAPTER_PATH/perplexity")
     add("--overwrite", action="store_true", help="replace an evaluation of other settings in --output_dir")
     parser.set_defaults(run=evaluate)
+
+
+def add_baselines(add):
+    add(
+        "--baseline",
+        nargs="*",
+        default=list(DEFAULT_BASELINES),
+        metavar="NAME",
+        help=f"any of {', '.join(BASELINES)} (default: {' '.join(DEFAULT_BASELINES)})",
+    )
+    add(
+        "--rag_chunks", default="sentences", metavar="N", help="of rag: sentences, or tokens a passage, 512 (sentences)"
+    )
+    add("--rag_top_k", type=int, default=5, metavar="N", help="of rag: passages shown (default: 5)")
+    add("--rag_order", default="document", metavar="HOW", help="of rag: document or similarity (default: document)")
+    add("--rag_model", metavar="NAME", help="of rag: a sentence-transformers model ranks instead of BM25")
+    add("--api_model", metavar="NAME", help="of api: model at $OPENAI_BASE_URL, asked with $OPENAI_API_KEY")
+    add("--api_concurrency", type=int, default=8, metavar="N", help="of api: prompts in flight (default: 8)")
+    add("--api_timeout", type=float, default=120.0, metavar="S", help="of api: seconds for an answer (default: 120)")
+    add("--api_max_retries", type=int, default=6, metavar="N", help="of api: tries after the first (default: 6)")
+    add("--api_input_price", type=float, metavar="X", help="of api: of a million tokens in, for the cost estimate")
+    add("--api_output_price", type=float, metavar="X", help="of api: of a million tokens out, for the cost estimate")
 
 
 def add_reading(add):
@@ -185,8 +290,103 @@ def add_merge(commands):
     parser.set_defaults(run=merge)
 
 
+def add_score(commands):
+    parser = commands.add_parser(
+        "score", help="score public predictions again", description=SCORE, epilog=SCORE_EXAMPLES
+    )
+    add = parser.add_argument
+    add("folder", metavar="FOLDER", help="predictions, at any depth")
+    add_output(add, "default: nothing is written")
+    parser.set_defaults(run=rescore)
+
+
+def add_report(commands):
+    parser = commands.add_parser(
+        "report", help="several models' results side by side", description=REPORT, epilog=REPORT_EXAMPLES
+    )
+    add = parser.add_argument
+    add("paths", nargs="+", metavar="PATH", help="a results.json, a scores.json, or a folder that holds one")
+    add("--task", nargs="+", default=[], metavar="NAME", help="passkey, qa1, … qa20, qa1-5 or dataset (default: all)")
+    add("--names", nargs="+", default=[], metavar="NAME", help="of the paths, in their order (default: of the folders)")
+    add("--scoring", default="official", metavar="RULE", help="of scores.json: official, strict, contains")
+    add("--no_published", action="store_true", help="leave out the published figures")
+    add_output(add, "default: runs/report", "runs/report")
+    parser.set_defaults(run=report)
+
+
+def add_output(add, help, default=None):
+    add("--output_dir", metavar="DIR", default=default, help=help)
+    add("--overwrite", action="store_true", help="replace the files of an earlier run in --output_dir")
+
+
+def add_data(commands):
+    parser = commands.add_parser("data", help="write samples to disk, or show one", description="Makes data sets.")
+    parser.commands = parser.add_subparsers(dest="command", metavar="command", required=True)
+    build = parser.commands.add_parser(
+        "build", help="write samples", description=DATA_BUILD, epilog=DATA_BUILD_EXAMPLES
+    )
+    add_generation(build.add_argument)
+    add = build.add_argument
+    add("--output_dir", required=True, metavar="DIR", help="new, empty, or of an earlier build with these settings")
+    add(
+        "--num_samples",
+        type=int,
+        default=100,
+        metavar="N",
+        help="samples of each task and length; of a bAbI file no more than it has, except for split train (default: 100)",
+    )
+    add("--format", default="parquet", metavar="NAME", help="parquet, jsonl or chat (default: parquet)")
+    add(
+        "--question_position",
+        default="last",
+        metavar="WHERE",
+        help="of --format chat: last, first or both (default: last)",
+    )
+    add("--num_workers", type=int, default=1, metavar="N", help="processes; the files are the same (default: 1)")
+    build.set_defaults(run=build_data)
+    show = parser.commands.add_parser("show", help="print one sample", description=DATA_SHOW, epilog=DATA_SHOW_EXAMPLES)
+    add_generation(show.add_argument)
+    show.add_argument("--index", type=int, default=0, metavar="N", help="which sample (default: 0)")
+    show.add_argument("--full", action="store_true", help="all of the background, not only what is near the facts")
+    show.set_defaults(run=show_data)
+
+
+def add_generation(add):
+    add(
+        "--task",
+        nargs="+",
+        required=True,
+        metavar="NAME",
+        help="qa1, … qa20, niah_single, memorize, detect_memorize, reasoning",
+    )
+    add("--lengths", nargs="+", required=True, metavar="N", help="in tokens: 0k, 1k, 4k, 1M, 10M, 1500 (1k = 1000)")
+    add("--tokenizer", metavar="NAME", help="that counts tokens: a folder or Hub id (default: that of the tiny LLaMA)")
+    add("--babi_dir", metavar="DIR", help="official bAbI files (qa1_test.txt, …); without it qa1-qa3 are simulated")
+    add("--background_dir", metavar="PATH", help="books to hide the facts in: a folder of .txt, a .txt or .jsonl file")
+    add(
+        "--background_dataset",
+        metavar="NAME",
+        help="books from a data set with column text instead: a Hub id such as emozilla/pg19, streamed, or a path "
+        "(default: built-in prose)",
+    )
+    add("--repeat_background", action="store_true", help="begin again where the books end before a sample is full")
+    add("--split", default="test", metavar="NAME", help="of the bAbI files: train, validation or test (default: test)")
+    add("--seed", type=int, default=0, metavar="N", help="of stories, places and background (default: 0)")
+    add("--task_start_pct", type=float, default=0.0, metavar="X", help="facts lie after this share of it (default: 0)")
+    add("--task_end_pct", type=float, default=1.0, metavar="X", help="facts lie before this share of it (default: 1)")
+    add("--depth", type=float, metavar="X", help="share 0..1 of the background before the first fact (default: any)")
+    add("--max_n_facts", type=int, metavar="N", help="leave out bAbI stories with more facts than this")
+    add(
+        "--reserved_tokens",
+        type=int,
+        default=300,
+        metavar="N",
+        help="of a length, kept for question and answer (default: 300, as in the public sets)",
+    )
+
+
 def evaluate(options):
-    options.update(task=tuple(options["task"]), lengths=tuple(options["lengths"]))
+    options.update({name: tuple(options[name]) for name in ("task", "lengths", "baseline", "depths")})
     settings = EvaluationSettings(**options)
     quiet_libraries()
     if settings.measures_perplexity:
@@ -217,6 +417,35 @@ def merge(options):
     print(f"  {gaps['as_trained']:.1e}  to the adapter as it was trained")
 
 
+def rescore(options):
+    from lrmt.evaluation.rescore import score_folder
+
+    score_folder(**options)
+
+
+def report(options):
+    from lrmt.evaluation.report import run_report
+
+    run_report(**options)
+
+
+def build_data(options):
+    quiet_libraries()
+    from lrmt.tasks.build import BuildSettings, build
+
+    options.update(task=tuple(options["task"]), lengths=tuple(options["lengths"]))
+    files = build(BuildSettings(**options))
+    print(f"{len(files)} files are in {options['output_dir']}; load them with")
+    print(f'  datasets.load_dataset("{options["output_dir"]}", "{files[0].parent.name}", split="{options["task"][0]}")')
+
+
+def show_data(options):
+    quiet_libraries()
+    from lrmt.tasks.show import ShowSettings, show
+
+    show(ShowSettings(**options | {"task": tuple(options["task"]), "lengths": tuple(options["lengths"])}))
+
+
 def quiet_libraries():
     """Leaves errors, and the warnings of lrmt itself."""
     import logging
@@ -233,13 +462,17 @@ def quiet_libraries():
 def parse(argv) -> dict:
     """Options by name; whatever is mistyped ends here with a suggestion, before argparse misses what it should have been."""
     parser, commands = build_parser()
-    if argv and not argv[0].startswith("-"):
-        if argv[0] not in commands:
-            parser.error(f"no command {argv[0]!r}{suggest(argv[0], commands)}")
-        flags = commands[argv[0]]._option_string_actions
-        for flag in (word.split("=")[0] for word in argv[1:] if word.startswith("--")):
+    at, words = parser, list(argv)
+    while commands and words and not words[0].startswith("-"):
+        if words[0] not in commands:
+            at.error(f"no command {words[0]!r}{suggest(words[0], commands)}")
+        at = commands[words.pop(0)]
+        commands = getattr(at, "commands", None) and at.commands.choices
+    if at is not parser:
+        flags = at._option_string_actions
+        for flag in (word.split("=")[0] for word in words if word.startswith("--")):
             if flag not in flags:
-                commands[argv[0]].error(f"no flag {flag}{suggest(flag, flags)}")
+                at.error(f"no flag {flag}{suggest(flag, flags)}")
     return vars(parser.parse_args(argv))
 
 

@@ -173,7 +173,8 @@ class Corpus:
 
     def _prose(self, rng: random.Random, length: int) -> list[list[int]]:
         background = self.backgrounds[0] if rng.random() < 0.8 else self.backgrounds[-1]
-        return [s.tolist() for s in background.take(np.random.default_rng(rng.getrandbits(32)), length)]
+        passage = background.take(np.random.default_rng(rng.getrandbits(32)), length)
+        return [s.tolist() for s in passage.split(np.arange(1, len(passage.gaps) - 1))]
 
     def _fact(self, rng: random.Random, row: Row, who: int, what: int, gap: str, kind: int) -> None:
         middle = {

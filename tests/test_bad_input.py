@@ -11,6 +11,7 @@ from transformers import CpmAntConfig, CpmAntForCausalLM
 from lrmt import cli
 from lrmt.errors import exit_on_error
 from lrmt.publishing.merge import merge_adapter
+from lrmt.tasks import prose
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +36,19 @@ def world(backbones, trained, tmp_path_factory):
     (world / "type.yaml").write_text("segment_length: long\n")
     (world / "babi").mkdir()
     (world / "babi" / "qa1_train.txt").write_text("1 Mary moved to the bathroom.\n2 Where is Mary? \tbathroom\t1\n")
+    (world / "predictions").mkdir()
+    cell = "qa1_4k_instruction_no_examples_no_post_prompt_no.csv"
+    (world / "predictions" / cell).write_text(",target,output\n0,kitchen,kitchen\n")
+    (world / "labels").mkdir()
+    (world / "labels" / cell).write_text(",target,output,question\n0,cellar,cellar,Where is Mary?\n")
+    (world / "cut_predictions").mkdir()
+    (world / "cut_predictions" / cell).write_text("")
+    (world / "label").mkdir()
+    (world / "label" / "qa1_test.txt").write_text("1 Mary went to the cellar.\n2 Where is Mary? \tcellar\t1\n")
+    (world / "book.txt").write_text(
+        "The heavy lantern of the old surveyor stood beside the narrow window all winter.\n"
+    )
+    (world / "prose.txt").write_text("\n".join(prose.write(300, 0)))
     tokenizer = trainer.processing_class
     cpm = CpmAntConfig(
         vocab_size=1100, hidden_size=32, num_attention_heads=2, dim_head=16, dim_ff=32, num_hidden_layers=1
@@ -149,8 +163,21 @@ LRMT = [
     ("evaluate --adapter_path run --task passkeys", ["--task", "did you mean passkey"]),
     ("evaluate --adapter_path run --task passkey --lengths none", ["--lengths", "none"]),
     ("evaluate --adapter_path run --task passkey --lengths 0", ["--lengths", "0"]),
+    ("evaluate --adapter_path run --task passkey --baseline rags", ["--baseline", "'rags'", "did you mean rag?"]),
+    ("evaluate --adapter_path run --task passkey --baseline api", ["--api_model", "--baseline api alone"]),
+    ("evaluate --adapter_path run --task passkey --api_model gpt", ["--baseline api", "--api_model gpt alone"]),
+    ("evaluate --adapter_path run --task passkey --depths 50", ["--depths", "50.0", "[0, 1]"]),
+    ("evaluate --adapter_path run --task passkey --stop_below 5", ["--stop_below", "5.0", "(0, 1]"]),
+    ("evaluate --adapter_path run --task passkey --rag_chunks words", ["--rag_chunks", "'words'", "sentences"]),
+    ("evaluate --adapter_path run --task passkey --rag_top_k 0", ["--rag_top_k", "0", "at least 1"]),
+    ("evaluate --adapter_path run --task passkey --rag_order date", ["--rag_order", "'date'", "document"]),
+    ("evaluate --adapter_path run --task passkey --lengths 0k", ["does not fit into 0 tokens"]),
     ("evaluate --adapter_path run --dataset_name long.jsonl", ["--segment_length", "long.jsonl row 2"]),
     ("evaluate --adapter_path run --dataset_name column.jsonl", ["column.jsonl row 1", "'target'"]),
+    ("data build --task qa1 --lengths 1k --output_dir new --background_dataset nowhere.jsonl", ["--background_dataset"]),
+    ("data show --task qa1 --lengths 4k --index -1", ["--index", "-1"]),
+    ("evaluate --adapter_path run --task qa1 --background_dir full --background_dataset a/b", ["--background_dataset", "Name one"]),
+    ("evaluate --adapter_path run --task passkey --lengths 2 --passkey_wording rular", ["--passkey_wording", "rular", "longlora"]),
     ("merge --adapter_path nowhere --output_dir new", ["--adapter_path", "nowhere", "no such folder"]),
     ("merge --adapter_path empty_folder --output_dir new", ["--adapter_path", "empty_folder", "missing"]),
     ("merge --adapter_path half --output_dir new", ["--adapter_path", "half", "adapter_model.safetensors missing"]),
@@ -159,6 +186,40 @@ LRMT = [
     ("merge --adapter_path merged --output_dir new", ["--adapter_path", "merged", "merged checkpoint already", "name an adapter"]),
     ("merge --adapter_path run --output_dir full", ["--output_dir", "full", "not empty", "another"]),
     ("merge --adapter_path run --output_dir new --merge_base int4", ["--merge_base", "int4", "nf4_roundtrip"]),
+    ("score nowhere", ["FOLDER", "nowhere", "must be a folder"]),
+    ("score full --output_dir new", ["FOLDER", "full", "no .csv file", "qa1_4k_"]),
+    ("score . --output_dir new", ["rows.csv", "not named after a cell", "rename it"]),
+    ("score predictions --output_dir new", ["predictions/qa1_4k_", "no column 'question'", "target, output, question"]),
+    ("score labels --output_dir new", ["qa1_4k_", "row 1", "'cellar'", "bathroom", "correct it"]),
+    ("score cut_predictions --output_dir new", ["cut_predictions/qa1_4k_", "is empty", "write the cell again"]),
+    ("report nowhere --output_dir new", ["nowhere", "cannot be read", "results.json"]),
+    ("report full --output_dir new", ["full", "no results.json or scores.json", "mine.txt"]),
+    ("report empty.jsonl --output_dir new", ["empty.jsonl", "not JSON", "write it again"]),
+    ("score labels --output_dir full/mine.txt", ["--output_dir", "full/mine.txt", "must be a folder"]),
+]  # fmt: skip
+DATA = [
+    ("--task qa21", ["--task", "'qa21'", "did you mean qa2"]),
+    ("--lengths four", ["--lengths", "'four'", "4k"]),
+    ("--lengths 300", ["--lengths 300", "--reserved_tokens 300", "ask for more"]),
+    ("--lengths 310", ["qa1", "fits into 10 tokens", "greater length"]),
+    ("--task qa7", ["qa7", "--babi_dir"]),
+    ("--output_dir full", ["--output_dir", "full", "not empty", "another"]),
+    ("--output_dir full/mine.txt", ["--output_dir", "must be a folder"]),
+    ("--format csv", ["--format", "'csv'", "parquet, jsonl, chat"]),
+    ("--split valid", ["--split", "'valid'", "did you mean validation"]),
+    ("--num_samples 0", ["--num_samples", "at least 1", "got 0"]),
+    ("--num_workers 0", ["--num_workers", "at least 1", "got 0"]),
+    ("--seed -1", ["--seed", "-1"]),
+    ("--question_position first", ["--question_position", "--format chat"]),
+    ("--max_n_facts 0", ["--max_n_facts", "1 or more", "got 0"]),
+    ("--depth 2", ["--depth", "[0, 1]", "2.0"]),
+    ("--task_start_pct 0.9 --task_end_pct 0.1", ["--task_start_pct", "0.9"]),
+    ("--tokenizer ./nowhere", ["--tokenizer", "./nowhere", "folder"]),
+    ("--background_dir nowhere", ["--background_dir", "nowhere"]),
+    ("--lengths 1k --background_dir book.txt", ["book.txt", "700", "--repeat_background"]),
+    ("--background_dataset a/b", ["exclude", "a/b"]),
+    ("--babi_dir label", ["qa1_test.txt", "'cellar'", "no label of qa1"]),
+    ("--babi_dir empty_folder", ["--babi_dir", "empty_folder"]),
 ]  # fmt: skip
 
 
@@ -215,6 +276,13 @@ def test_training_of_landmarks(world, backbones, run_recipe, monkeypatch, capfd,
 def test_lrmt(world, monkeypatch, capfd, command, expected):
     monkeypatch.chdir(world)
     check(world, capfd, lambda: cli.main(command.split()), expected)
+
+
+@pytest.mark.parametrize(("command", "expected"), DATA, ids=[command for command, _ in DATA])
+def test_data(world, monkeypatch, capfd, command, expected):
+    monkeypatch.chdir(world)
+    good = "data build --task qa1 --lengths 4k --output_dir new --background_dir prose.txt"
+    check(world, capfd, lambda: cli.main([*good.split(), *command.split()]), expected)
 
 
 def test_the_row_that_is_right_trains(world, backbones, run_recipe, small_flags, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """The benchmarks run and write what they promise; and constant-memory BPTT keeps the memory states alone, counted exactly."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lrmt.models import RmtForCausalLM
+from lrmt.tasks import prose
 
 ROOT = Path(__file__).parents[1]
 TOY = ["--hidden_size", "64", "--layers", "1", "--segment_length", "48", "--vocabulary", "64"]
@@ -47,6 +49,17 @@ def test_throughput_runs(tmp_path):
     report = run_benchmark("throughput", tmp_path, "--segments", "2", "--rounds", "1")
     assert [r["variant"] for r in report["rows"]] == ["backbone", "rmt", "rmt, constant memory"]
     assert report["rows"][0]["ratio"] == 1 and all(r["tokens_per_second"] > 0 for r in report["rows"])
+
+
+def test_babilong_generation_runs(tmp_path):
+    (tmp_path / "book.txt").write_text("\n".join(prose.write(900, 0)))
+    flags = f"--lengths 2k 20k --plain_tokens 2000 --rounds 1 --background_dir {tmp_path} --output_dir {tmp_path}"
+    command = [sys.executable, "benchmarks/babilong_generation.py", *flags.split()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    short, long = json.loads((tmp_path / "babilong_generation.json").read_text())["rows"]
+    assert (short["tokens"], long["tokens"]) == (2000, 20000)
+    assert short["plain_seconds"] > short["text_seconds"] > 0 and math.isnan(long["plain_seconds"])
 
 
 def test_landmark_benchmarks_run(tmp_path):

@@ -5,10 +5,12 @@ import sys
 import time
 from types import SimpleNamespace
 
+import pyarrow.parquet as pq
 import pytest
 
 import lrmt
 from lrmt.cli import main
+from lrmt.tasks import prose
 
 ADAPTER = "ADAPTER"
 
@@ -60,6 +62,15 @@ def run(capsys, *argv):
         ("evaluate --adapter_path ADAPTER --task qa1 --output_dir ADAPTER/config.json", "--output_dir"),
         ("evaluate --adapter_path ADAPTER --dataset_name missing.jsonl", "missing.jsonl does not exist"),
         ("evaluate --adapter_path ADAPTER --dataset_name x.jsonl --task qa1", "leave out --task"),
+        ("score", "FOLDER"),
+        ("score nowhere", "FOLDER must be a folder"),
+        ("score ADAPTER --outputdir x", "did you mean --output_dir?"),
+        ("report", "PATH"),
+        ("report ADAPTER --name x", "did you mean --names?"),
+        ("data", "command"),
+        ("data biuld --task qa1", "did you mean build?"),
+        ("data build --tasks qa1", "did you mean --task?"),
+        ("data build --task qa1 --lengths 4k", "--output_dir"),
         ("merge --adapter_path ADAPTER", "--output_dir"),
         ("merge --adapter_path ADAPTER --output_dir out --merge_base nf4", "--merge_base"),
     ],
@@ -126,11 +137,25 @@ def test_version(capsys):
     assert run(capsys, "--version")[:2] == (0, f"lrmt {lrmt.__version__}\n")
 
 
-@pytest.mark.parametrize("command", ["evaluate", "merge"])
+def test_data_is_built_and_shown(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("LRMT_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "book.txt").write_text("\n".join(prose.write(200, 0)))
+    what = ["--task", "qa1", "memorize", "--background_dir", str(tmp_path / "book.txt"), "--lengths", "0k", "1k"]
+    code, out, _ = run(capsys, "data", "build", *what, "--num_samples", "2", "--output_dir", str(tmp_path / "out"))
+    assert code == 0 and out.startswith("4 files are in") and 'split="qa1")' in out
+    names = ["memorize-00000-of-00001.parquet", "qa1-00000-of-00001.parquet"]
+    assert [p.name for p in sorted((tmp_path / "out" / "1k").iterdir())] == names
+    code, out, _ = run(capsys, "data", "show", *what[:6], "1k", "--full")
+    assert code == 0 and out.startswith("qa1 1k, test sample 0: 700 tokens")
+    (row, *_) = pq.read_table(tmp_path / "out" / "1k" / names[1]).to_pylist()
+    assert row["input"] in out.replace("[[", "").replace("]]", "")
+
+
+@pytest.mark.parametrize("command", ["evaluate", "merge", "score", "report", "data build", "data show"])
 def test_help_shows_every_flag_and_an_example(capsys, command):
-    code, out, _ = run(capsys, command, "--help")
+    code, out, _ = run(capsys, *command.split(), "--help")
     assert code == 0
-    assert f"  lrmt {command} --adapter_path " in out
+    assert f"  lrmt {command} " in out
     assert max(map(len, out.splitlines())) <= 120
 
 

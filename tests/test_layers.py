@@ -36,7 +36,9 @@ def test_contract_can_break(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flags", [["--help"], ["evaluate", "--help"], ["merge", "--help"], ["merge", "--adaptor_path", "x"]]
+    "flags",
+    [["--help"], ["evaluate", "--help"], ["merge", "--help"], ["merge", "--adaptor_path", "x"]]
+    + [["score", "nowhere"], ["report", "nowhere"]],
 )
 def test_help_and_mistakes_import_nothing_heavy(flags):
     code = (

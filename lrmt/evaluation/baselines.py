@@ -1,10 +1,18 @@
-"""Who answers: the trained model, the untrained memory, and the backbone alone."""
+"""Who answers: the trained model, the untrained memory, and the backbone alone, in several ways."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch.nn import functional as F
+
+from lrmt.evaluation.api import Endpoint
+from lrmt.evaluation.prompts import build_prompt
+from lrmt.evaluation.rag import Retriever, bm25, context_ids, embedding_ranker
+from lrmt.evaluation.settings import DEFAULT_BASELINES
+from lrmt.evaluation.streaming import StreamedBackbone
+from lrmt.tasks.base import Example, Pieces
 
 
 @dataclass(frozen=True)
@@ -13,21 +21,49 @@ class Contender:
 
     `generate(input_ids [B, T], attention_mask [B, T], **generation arguments)` returns [B, T + new].
     `loss(input_ids [B, T], count)` returns [B], fp32: the mean negative log-likelihood of the last `count` tokens, < T.
-    `window`: how many tokens of the END of a prompt it sees; None sees all.
+    `window`: how many tokens of the END of a prompt it sees; None sees all. `show(example)` gives other ids than its prompt.
     """
 
     name: str
-    generate: Callable[..., torch.Tensor]
-    loss: Callable[[torch.Tensor, int], torch.Tensor]
+    generate: Callable[..., torch.Tensor] | None = None
+    loss: Callable[[torch.Tensor, int], torch.Tensor] | None = None
     window: int | None = None
+    show: Callable[[Example], np.ndarray] | None = None
+
+    def answer(self, examples: list[Example], tokenizer, max_new_tokens: int, device="cpu") -> list[str | None]:
+        prompts = [self.show(example) if self.show else example.prompt_ids for example in examples]
+        return answer(self, prompts, tokenizer, max_new_tokens, device)
+
+    def failure(self) -> str | None:
+        """Why an answer is None."""
 
 
-def build_contenders(model) -> list[Contender]:
-    """The columns that `model` allows, in the order of the table.
+class EndpointContender:
+    """A column answered by an `api.Endpoint`, under the name of its model, with a prompt for instruction-tuned models."""
 
-    An adapter (PeftModel) gives three: itself under its model type, "untrained" (the adapter disabled: initial memory,
-    no LoRA) and "backbone" (no memory at all, the last `segment_length` tokens). A merged model holds no backbone to
-    compare with and gives the first alone.
+    def __init__(self, endpoint: Endpoint, tokenizer):
+        self.name, self.endpoint, self.tokenizer = endpoint.model, endpoint, tokenizer
+        self.pieces = Pieces(tokenizer)
+
+    def prompt(self, example: Example) -> str:
+        context = self.tokenizer.decode(context_ids(example, self.pieces), skip_special_tokens=True)
+        return build_prompt(example.task, context, example.question)
+
+    def answer(self, examples, tokenizer, max_new_tokens, device="cpu"):
+        return self.endpoint.answer([self.prompt(example) for example in examples], max(max_new_tokens, 20))
+
+    def failure(self):
+        return self.endpoint.failure
+
+
+def build_contenders(
+    model, names=DEFAULT_BASELINES, *, tokenizer=None, rag: dict | None = None, max_new_tokens: int = 20
+) -> list[Contender]:
+    """The columns that `model` allows: itself under its model type, then those of BASELINES that are named but "api".
+
+    A merged model holds no backbone to compare with and gives the first alone. Baseline "rag" needs the `tokenizer`, takes
+    the options of `Retriever` and `model` (whose embeddings rank; None: BM25), and leaves room for `max_new_tokens`.
+    Raises UsageError for a backbone that a baseline cannot run on.
     """
 
     def loss(input_ids, count):
@@ -38,7 +74,7 @@ def build_contenders(model) -> list[Contender]:
     trained = Contender(model.config.model_type, model.generate, loss)
     if not hasattr(model, "disable_adapter"):
         return [trained]
-    backbone = model.get_base_model().backbone
+    backbone, length = model.get_base_model().backbone, model.config.segment_length
 
     def backbone_loss(input_ids, count):
         logits = backbone(input_ids=input_ids, logits_to_keep=count + 1, use_cache=False).logits
@@ -51,16 +87,38 @@ def build_contenders(model) -> list[Contender]:
 
         return call
 
-    return [
-        trained,
-        Contender("untrained", without_adapter(model.generate), without_adapter(loss)),
-        Contender(
-            "backbone",
-            without_adapter(backbone.generate),
-            without_adapter(backbone_loss),
-            window=model.config.segment_length,
+    def streamed(name, recurrence):
+        return Contender(name, without_adapter(StreamedBackbone(backbone, length, recurrence).generate))
+
+    def retrieving():
+        options = dict(rag or {})
+        ranker = options.pop("model", None)
+        rank = embedding_ranker(ranker, str(model.device)) if ranker else bm25
+        show = Retriever(tokenizer, length - max_new_tokens, rank=rank, **options)
+        return Contender("rag", without_adapter(backbone.generate), show=show)
+
+    build = {
+        "untrained": lambda: Contender("untrained", without_adapter(model.generate), without_adapter(loss)),
+        "backbone": lambda: Contender(
+            "backbone", without_adapter(backbone.generate), without_adapter(backbone_loss), window=length
         ),
-    ]
+        "full": lambda: Contender("full", without_adapter(backbone.generate)),
+        "sliding_window": lambda: streamed("sliding_window", "window"),
+        "xl": lambda: streamed("xl", "segment"),
+        "rag": retrieving,
+    }
+    return [trained, *(build[name]() for name in names if name in build)]
+
+
+def build_endpoint_contender(settings, tokenizer) -> EndpointContender:
+    """The column of `--baseline api`. Raises UsageError without a client, key or address."""
+    endpoint = Endpoint(
+        settings.api_model,
+        concurrency=settings.api_concurrency,
+        timeout=settings.api_timeout,
+        max_retries=settings.api_max_retries,
+    )
+    return EndpointContender(endpoint, tokenizer)
 
 
 def row_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

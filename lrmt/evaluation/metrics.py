@@ -3,24 +3,7 @@
 import math
 import re
 
-ROOMS = ("bathroom", "bedroom", "garden", "hallway", "kitchen", "office")
-YES_NO = ("no", "yes")
-DIRECTIONS = ("e,e", "e,n", "e,s", "n,e", "n,n", "n,w", "s,e", "s,s", "s,w", "w,n", "w,s", "w,w")
-
-# The answer sets of the bAbI files.
-TASK_LABELS = {
-    **dict.fromkeys(("qa1", "qa2", "qa3", "qa4", "qa11", "qa12", "qa13"), ROOMS),
-    "qa5": ("bill", "fred", "jeff", "mary", "apple", "football", "milk"),
-    **dict.fromkeys(("qa6", "qa17", "qa18"), YES_NO),
-    "qa7": ("none", "one", "two", "three"),
-    "qa8": ("apple", "football", "milk", "nothing"),
-    **dict.fromkeys(("qa9", "qa10"), ("maybe", *YES_NO)),
-    "qa14": ("bedroom", "cinema", "kitchen", "office", "park", "school"),
-    "qa15": ("cat", "mouse", "sheep", "wolf"),
-    "qa16": ("gray", "green", "white", "yellow"),
-    "qa19": DIRECTIONS,
-    "qa20": ("bedroom", "bored", "garden", "hungry", "kitchen", "thirsty", "tired"),
-}
+from lrmt.labels import TASK_LABELS
 
 RULES = ("official", "strict", "contains", "exact")
 
@@ -35,13 +18,14 @@ def score(target: str, output: str, question: str, task: str, rule: str = "offic
       strict    the same with whole-word labels, which mends qa7.
       contains  the target is a substring of the output, case ignored (as lm-evaluation-harness reports).
       exact     the first line equals the target, case and outer spaces ignored.
-    Task "passkey": the first integer of the output equals the target, whatever the rule. Tasks without a label set
-    (task "dataset", the user's own rows) have no official rule: `official` and `strict` mean `exact` there.
+    Tasks "passkey" and "niah_single": the first integer of the output equals the target, whatever the rule. Tasks
+    without a label set (memorize, …; task "dataset", the user's own rows) have no official rule: `official` and `strict`
+    mean `exact` there.
     Raises ValueError for an unknown rule.
     """
     if rule not in RULES:
         raise ValueError(f"rule must be one of {', '.join(RULES)}; got {rule!r}")
-    if task == "passkey":
+    if task in ("passkey", "niah_single"):
         return _first_integer(output) == int(target)
     if rule == "contains":
         return target.strip().lower() in output.lower()
@@ -53,10 +37,19 @@ def score(target: str, output: str, question: str, task: str, rule: str = "offic
 def _labels_match(target, output, question, labels, whole_words):
     answer = output.lower().split(".")[0].split("<context>")[0].split("<example>")[0]
     mentioned = _find_labels(answer, labels, whole_words) - _find_labels(question.lower(), labels, whole_words)
+    return mentioned == _split_target(target, labels)
+
+
+def is_answer(target: str, task: str) -> bool:
+    """Whether `target` can be the answer of a bAbI task: a label of it or, of qa8, several."""
+    labels = TASK_LABELS[task]
+    return _split_target(target, labels) <= set(labels) and (task == "qa8" or target.lower() in labels)
+
+
+def _split_target(target, labels):
+    """qa8 answers with a list; "n,e" of qa19 is one label."""
     target = target.lower()
-    # qa8 answers with a list; "n,e" of qa19 is one label.
-    wanted = {target} if target in labels else set(target.split(","))
-    return mentioned == wanted
+    return {target} if target in labels else set(target.split(","))
 
 
 def _find_labels(text, labels, whole_words):

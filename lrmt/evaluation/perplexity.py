@@ -24,7 +24,7 @@ def run_perplexity(settings: EvaluationSettings) -> list[dict]:
     segment_length = read_segment_length(settings.adapter_path)
     if segment_length < 2:
         raise UsageError(f"--adapter_path {settings.adapter_path} has segments of 1 token; perplexity takes 2 or more")
-    lengths = [segments for _, segments in settings.cells(segment_length)]
+    lengths = [cell.segments for cell in settings.cells(segment_length)]
     # the longest text chooses the places: with another one, other tokens are scored
     identity = settings.identity() | {"longest of --lengths": lengths[-1]}
     folder = ResultsFolder(settings.folder, identity, settings.overwrite, name="perplexity.json")
@@ -35,7 +35,7 @@ def run_perplexity(settings: EvaluationSettings) -> list[dict]:
 
     model, contenders = open_contenders(settings)
     folder.prepare()
-    pending = [(n, [c for c in contenders if not folder.has(c.name, "perplexity", n)]) for n in lengths]
+    pending = [(n, [c for c in contenders if not folder.find(c.name, "perplexity", n)]) for n in lengths]
     pending = [(n, todo) for n, todo in pending if todo]
     with tqdm(total=sum(num_samples * len(todo) for _, todo in pending), unit="text", smoothing=0.05) as bar:
         for segments, todo in pending:

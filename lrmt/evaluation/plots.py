@@ -1,52 +1,125 @@
 """The heat map of BABILong, tasks by context size, red to green; that of retrieval; and perplexity by context length."""
 
 import io
+from collections import defaultdict
+from dataclasses import dataclass
 
 import numpy as np
 
 
+@dataclass(frozen=True)
+class Panel:
+    """One heat map: `values [rows, columns]` in 0..100, NaN where there is none.
+
+    `groups`: of the rows; a wider gap where they change. `italic`: the rows, by number, that were not measured here.
+    """
+
+    rows: list[str]
+    columns: list[str]
+    values: np.ndarray
+    title: str = ""
+    groups: list[str] | None = None
+    italic: frozenset[int] = frozenset()
+
+
 def draw_heatmap(records: list[dict]) -> bytes:
-    """A PNG with a row for each (task, model), a column for each context size, and accuracies of 0..100."""
+    """A PNG with a row for each (task, model), a column for each context size, and accuracies of 0..100.
+
+    Cells at several depths are one, their mean; cells that failed stay empty.
+    """
+    rows = list(dict.fromkeys((record["task"], record["model"]) for record in records))
+    tasks = list(dict.fromkeys(task for task, _ in rows))
+    rows.sort(key=lambda row: tasks.index(row[0]))
+    columns = sorted({(record["length_tokens"], record["segments"]) for record in records})
+    cells = defaultdict(list)
+    for record in records:
+        if record["accuracy"] is not None:
+            row, column = (record["task"], record["model"]), (record["length_tokens"], record["segments"])
+            cells[rows.index(row), columns.index(column)].append(100 * record["accuracy"])
+    grid = np.full((len(rows), len(columns)), np.nan)
+    for place, values in cells.items():
+        grid[place] = np.mean(values)
+    return draw_panels(
+        [
+            Panel(
+                rows=[f"{task} · {model}" for task, model in rows],
+                columns=[f"{format_tokens(tokens)}\n{segments} seg." for tokens, segments in columns],
+                values=grid,
+                groups=[task for task, _ in rows],
+            )
+        ]
+    )
+
+
+def draw_depths(records: list[dict]) -> bytes:
+    """A PNG of depth (0 at the top) by context size, a panel for each task and model: where in the text a fact is found."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    records = [record for record in records if record.get("depth") is not None and record["accuracy"] is not None]
+    panels = []
+    for task, model in dict.fromkeys((record["task"], record["model"]) for record in records):
+        of_panel = [record for record in records if (record["task"], record["model"]) == (task, model)]
+        depths = sorted({record["depth"] for record in of_panel})
+        tokens = sorted({record["length_tokens"] for record in of_panel})
+        grid = np.full((len(depths), len(tokens)), np.nan)
+        for record in of_panel:
+            grid[depths.index(record["depth"]), tokens.index(record["length_tokens"])] = 100 * record["accuracy"]
+        rows, columns = [f"{depth:.0%}" for depth in depths], [format_tokens(n) for n in tokens]
+        panels.append(Panel(rows=rows, columns=columns, values=grid, title=f"{task} · {model}"))
+    return draw_panels(
+        panels,
+        LinearSegmentedColormap.from_list("needle", ["#F0496E", "#EBB839", "#0CD79F"]),
+        ylabel="Depth",
+    )
+
+
+def draw_panels(panels: list[Panel], colours="RdYlGn", ylabel: str = "Tasks") -> bytes:
+    """A PNG of heat maps one below the other, in BABILong's convention: tasks by context size, red to green, 0..100."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = list(dict.fromkeys((record["task"], record["model"]) for record in records))
-    tasks = list(dict.fromkeys(task for task, _ in rows))
-    rows.sort(key=lambda row: tasks.index(row[0]))
-    columns = sorted({(record["length_tokens"], record["segments"]) for record in records})
-    grid = np.full((len(rows), len(columns)), np.nan)
-    for record in records:
-        row, column = (record["task"], record["model"]), (record["length_tokens"], record["segments"])
-        grid[rows.index(row), columns.index(column)] = 100 * record["accuracy"]
-
     cell_width, cell_height = 0.8, 0.5
-    width, height = len(columns) * cell_width, len(rows) * cell_height
-    figure = plt.figure(figsize=(max(width, 1.6) + 2.9, height + 1.4), layout="constrained")
-    axes = figure.add_subplot()
+    label_width = 0.085 * max(len(row) for panel in panels for row in panel.rows)
+    title_width = 0.085 * max(len(line) for panel in panels for line in panel.title.split("\n"))
+    width = max(1.6, title_width, max(len(panel.columns) for panel in panels) * cell_width)
+    heights = [len(panel.rows) * cell_height + 1.0 + 0.5 * bool(panel.title) for panel in panels]
+    figure = plt.figure(figsize=(width + label_width + 1.6, sum(heights) + 0.4), layout="constrained")
+    axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for panel, subplot in zip(panels, axes, strict=True):
+        mesh = draw_panel(panel, subplot, plt.get_cmap(colours))
+        subplot.set_ylabel(ylabel)
+    share = min(1.0, 6.0 / figure.get_figheight())  # a bar as high as a page is of no use
+    bar = figure.colorbar(
+        mesh, ax=axes, label="Accuracy, %", ticks=range(0, 101, 25), fraction=0.05, pad=0.02, shrink=share, aspect=30
+    )
+    bar.outline.set_visible(False)
+    return to_png(figure)
+
+
+def draw_panel(panel: Panel, axes, colours):
     axes.set_facecolor("0.93")
-    colours = plt.get_cmap("RdYlGn")
-    mesh = axes.pcolormesh(grid, cmap=colours, vmin=0, vmax=100, edgecolors="white", linewidth=0.5)
-    for (y, x), value in np.ndenumerate(grid):
+    mesh = axes.pcolormesh(panel.values, cmap=colours, vmin=0, vmax=100, edgecolors="white", linewidth=0.5)
+    for (y, x), value in np.ndenumerate(panel.values):
         if not np.isnan(value):
             dark = np.dot(colours(value / 100)[:3], (0.299, 0.587, 0.114)) < 0.5
             axes.text(x + 0.5, y + 0.5, f"{value:.0f}", ha="center", va="center", color="white" if dark else "black")
-    for y in range(1, len(rows)):
-        if rows[y][0] != rows[y - 1][0]:
+    groups = panel.groups or []
+    for y in range(1, len(groups)):
+        if groups[y] != groups[y - 1]:
             axes.axhline(y, color="white", linewidth=4)
-    labels = [f"{format_tokens(tokens)}\n{segments} seg." for tokens, segments in columns]
-    axes.set_xticks(np.arange(len(columns)) + 0.5, labels)
-    axes.set_yticks(np.arange(len(rows)) + 0.5, [f"{task} · {model}" for task, model in rows])
+    axes.set_xticks(np.arange(len(panel.columns)) + 0.5, panel.columns)
+    axes.set_yticks(np.arange(len(panel.rows)) + 0.5, panel.rows)
+    for y in panel.italic:
+        axes.get_yticklabels()[y].set(style="italic", color="0.35")
     axes.tick_params(length=0)
     axes.invert_yaxis()
     axes.set_xlabel("Context size")
-    axes.set_ylabel("Tasks")
+    axes.set_title(panel.title, loc="left", fontsize="medium")
     for spine in axes.spines.values():
         spine.set_visible(False)
-    bar = figure.colorbar(mesh, ax=axes, label="Accuracy, %", ticks=range(0, 101, 25), fraction=0.05, pad=0.02)
-    bar.outline.set_visible(False)
-    return to_png(figure)
+    return mesh
 
 
 def draw_retrieval(shares: np.ndarray, blocks: list[int]) -> bytes:
@@ -112,8 +185,8 @@ def to_png(figure) -> bytes:
 
 
 def format_tokens(tokens: int) -> str:
-    """512, 1k, 8.2k, 16k, 1M: at most three figures, 1k = 1000."""
+    """0k (as BABILong has it), 512, 1k, 8.2k, 16k, 1M: at most three figures, 1k = 1000."""
     if tokens < 1000:
-        return str(tokens)
+        return str(tokens or "0k")
     value, unit = (tokens / 1000, "k") if tokens < 999_500 else (tokens / 1_000_000, "M")
     return f"{value:.1f}".removesuffix(".0") + unit if value < 10 else f"{value:.0f}{unit}"

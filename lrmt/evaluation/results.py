@@ -23,6 +23,13 @@ def build_record(model: str, task: str, length_tokens: int, segments: int, succe
     }
 
 
+def build_failed_record(model: str, task: str, length_tokens: int, segments: int, n: int, error: str) -> dict:
+    """One line of results.json for a cell without a score; measured again by the next run."""
+    unknown = dict.fromkeys(("accuracy", "ci_low", "ci_high"))
+    shape = {"model": model, "task": task, "length_tokens": length_tokens, "segments": segments}
+    return shape | unknown | {"n": n, "error": error}
+
+
 class ResultsFolder:
     """An output folder: records (`name`), a figure, and settings.json, which says of which evaluation they are.
 
@@ -44,11 +51,12 @@ class ResultsFolder:
         except (OSError, ValueError):
             raise UsageError(f"--output_dir {self.path} is not empty and holds no evaluation; {remedy}") from None
         for key, value in self.identity.items():
-            if found.get(key) != value:
-                was, now = (json.dumps(v) for v in (found.get(key), value))
+            if key in found and found[key] != value:
+                was, now = (json.dumps(v) for v in (found[key], value))
                 raise UsageError(
                     f"--output_dir {self.path} holds another evaluation ({key} {was}, now {now}); {remedy}"
                 )
+        self.identity = found | self.identity
         return True
 
     def prepare(self):
@@ -57,22 +65,52 @@ class ResultsFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             if not self.resumed:
                 self.write(self.name, to_json([]))
-                self.write("settings.json", to_json(self.identity))
+            self.write("settings.json", to_json(self.identity))
         except OSError as error:
             raise UsageError(f"--output_dir {self.path} cannot be written ({error.strerror}); name another") from None
 
-    def has(self, model: str, task: str, segments: int | None) -> bool:
-        """Whether the cell is finished; `segments` None means any."""
-        return any(
-            r["model"] == model and r["task"] == task and segments in (None, r["segments"]) for r in self.records
-        )
+    def find(self, model: str, task: str, segments: int | None, depth: float | None = None) -> dict | None:
+        """The record of a cell that is finished; `segments` None means any."""
+        for record in self.records:
+            place = (record["model"], record["task"], record.get("depth"))
+            if place == (model, task, depth) and segments in (None, record["segments"]) and "error" not in record:
+                return record
+        return None
 
-    def add(self, records: list[dict]):
-        self.records += records
-        self.write(self.name, to_json(self.records))
+    def add(self, records: list[dict], write: bool = True):
+        """Keeps new records, on disk too if this process is to `write`; one of a cell that failed takes the other's place."""
+
+        def place(record):
+            return tuple(record.get(key) for key in ("model", "task", "segments", "depth"))
+
+        new = {place(record) for record in records}
+        self.records = [record for record in self.records if place(record) not in new] + records
+        if write:
+            self.write(self.name, to_json(self.records))
 
     def write(self, name: str, content: str | bytes):
         write_whole(self.path / name, content)
+
+
+def check_not_there(folder, names: list[str], overwrite: bool):
+    """Raises UsageError where `folder` cannot take these files, or holds one of them already and may not lose it."""
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--output_dir must be a folder; {folder} is a file")
+    there = [name for name in names if (folder / name).exists()]
+    if there and not overwrite:
+        raise UsageError(f"--output_dir {folder} holds {there[0]} already; name another, or give --overwrite")
+
+
+def write_files(folder, files: dict[str, str | bytes]):
+    """Writes each file whole into `folder`, made if need be. Raises UsageError where it cannot be written."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            write_whole(folder / name, content)
+    except OSError as error:
+        raise UsageError(f"--output_dir {folder} cannot be written ({error.strerror}); name another") from None
 
 
 def write_whole(path: Path, content: str | bytes):
@@ -90,6 +128,8 @@ def to_json(value) -> str:
 
 
 def format_cell(record: dict) -> str:
+    if record["accuracy"] is None:
+        return "failed"
     accuracy, low, high = (100 * record[key] for key in ("accuracy", "ci_low", "ci_high"))
     return f"{accuracy:5.1f} [{low:4.1f}, {high:5.1f}]"
 
@@ -98,14 +138,19 @@ def format_table(records: list[dict], caption: str = "accuracy in %, 95 % interv
     """The records as plain text: for each task a block with a row for each length and a column for each model."""
     models = list(dict.fromkeys(record["model"] for record in records))
     blocks = []
-    for task in dict.fromkeys(record["task"] for record in records):
+    for task, depth in dict.fromkeys((record["task"], record.get("depth")) for record in records):
         rows = [["segments", "tokens", *models]]
-        of_task = {(r["length_tokens"], r["segments"], r["model"]): r for r in records if r["task"] == task}
+        of_task = {
+            (r["length_tokens"], r["segments"], r["model"]): r
+            for r in records
+            if (r["task"], r.get("depth")) == (task, depth)
+        }
         for tokens, segments in sorted({key[:2] for key in of_task}):
             found = [of_task.get((tokens, segments, model)) for model in models]
             rows.append([str(segments), f"{tokens:,}", *("-" if r is None else format_cell(r) for r in found)])
         n = "/".join(str(n) for n in sorted({r["n"] for r in of_task.values()}))
-        blocks.append(f"{task}: {caption}, n = {n}\n{align(rows)}")
+        title = task if depth is None else f"{task} at depth {depth:.0%}"
+        blocks.append(f"{title}: {caption}, n = {n}\n{align(rows)}")
     return "\n\n".join(blocks)
 
 

@@ -5,18 +5,46 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 from lrmt import __version__
 from lrmt.errors import UsageError, suggest
 from lrmt.evaluation.metrics import RULES, TASK_LABELS
 
-TASKS = ("passkey", *sorted(TASK_LABELS, key=lambda name: int(name[2:])))
+NEEDLES = ("niah_single", "memorize", "detect_memorize", "reasoning")
+TASKS = ("passkey", *sorted(TASK_LABELS, key=lambda name: int(name[2:])), *NEEDLES)
+KNOWN_TASKS = f"passkey, qa1, … qa20, {', '.join(NEEDLES)}, perplexity"
 SPLITS = ("train", "validation", "test")
 DEFAULT_LENGTHS = ("1", "2", "4", "8", "16", "32")
 PERPLEXITY_LENGTHS = ("1", "2", "4", "8")
 
+#: `--baseline`, and what each is
+BASELINES = {
+    "untrained": "the same memory before training (the adapter disabled)",
+    "backbone": "the bare model, shown as much of the END of the text as one segment holds",
+    "full": "the bare model, shown all of the text, however long",
+    "sliding_window": "the bare model, each token of the text seeing one segment's length back",
+    "xl": "the bare model, each segment of the text seeing the one before too (Transformer-XL)",
+    "rag": "the bare model, shown the passages that fit the question best (BM25, or --rag_model)",
+    "api": "an OpenAI-compatible endpoint, shown all of the text (--api_model)",
+}
+DEFAULT_BASELINES = ("untrained", "backbone")
+RAG_ORDERS = ("document", "similarity")
+
 #: how landmark attention reads, if otherwise than it was trained
 READING = ("top_k", "retrieval", "offload_blocks")
+
+
+class Cell(NamedTuple):
+    """One square of the grid. `segments`: length, None for rows as they are, 0 for facts without any background (0k).
+
+    `depth`: share of the text before its first fact, None for anywhere. `name`: of the length, "4k" or tokens.
+    """
+
+    task: str
+    segments: int | None
+    depth: float | None = None
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -27,6 +55,8 @@ class EvaluationSettings:
     task: tuple[str, ...] = ()
     lengths: tuple[str, ...] = ()
     dataset_name: str | None = None
+    dataset_config: str | None = None
+    dataset_split: str | None = None
     text_path: str | None = None
     num_samples: int | None = None
     batch_size: int = 8
@@ -34,7 +64,9 @@ class EvaluationSettings:
     split: str = "test"
     babi_dir: str | None = None
     background_dir: str | None = None
+    background_dataset: str | None = None
     num_digits: int = 5
+    passkey_wording: str = "landmark"
     question_position: str = "last"
     max_n_facts: int | None = None
     load_in_4bit: bool | None = None
@@ -42,11 +74,25 @@ class EvaluationSettings:
     retrieval: str | None = None
     offload_blocks: bool | None = None
     scoring: str = "official"
+    baseline: tuple[str, ...] = DEFAULT_BASELINES
+    depths: tuple[float, ...] = ()
+    stop_below: float | None = None
+    rag_chunks: str = "sentences"
+    rag_top_k: int = 5
+    rag_order: str = "document"
+    rag_model: str | None = None
+    api_model: str | None = None
+    api_concurrency: int = 8
+    api_timeout: float = 120.0
+    api_max_retries: int = 6
+    api_input_price: float | None = None
+    api_output_price: float | None = None
     output_dir: str | None = None
     overwrite: bool = False
 
     def __post_init__(self):
         check_model_folder(self.adapter_path)
+        self._check_baselines()
         if self.measures_perplexity or self.text_path is not None:
             self._check_perplexity()
         elif self.dataset_name is None:
@@ -68,20 +114,52 @@ class EvaluationSettings:
             folder = getattr(self, flag)
             if folder is not None and not Path(folder).is_dir():
                 raise UsageError(f"--{flag} must be a folder; got {folder}")
+        if self.background_dir is not None and self.background_dataset is not None:
+            raise UsageError(
+                "--background_dir and --background_dataset exclude each other; "
+                f"got {self.background_dir} and {self.background_dataset}. Name one"
+            )
         if self.background_dir is not None and not any(Path(self.background_dir).rglob("*.txt")):
             raise UsageError(f"--background_dir {self.background_dir} holds no .txt file; name a folder of text books")
         if self.folder.exists() and not self.folder.is_dir():
             raise UsageError(f"--output_dir must be a folder; {self.folder} is a file")
 
+    def _check_baselines(self):
+        for name in self.baseline:
+            if name not in BASELINES:
+                got = f"{name!r}{suggest(name, BASELINES)}"
+                raise UsageError(f"--baseline must be one of {', '.join(BASELINES)}; got {got}")
+        if self.measures_perplexity and (others := [n for n in self.baseline if n not in DEFAULT_BASELINES]):
+            raise UsageError(f"--task perplexity has no --baseline {' '.join(others)}; leave it out")
+        if ("api" in self.baseline) != (self.api_model is not None):
+            got = "--baseline api alone" if self.api_model is None else f"--api_model {self.api_model} alone"
+            raise UsageError(f"--baseline api and --api_model NAME belong together; got {got}. Give both or none")
+        for depth in self.depths:
+            if not 0 <= depth <= 1:
+                raise UsageError(f"--depths must lie in [0, 1] (0 = the beginning of the text); got {depth}")
+        if self.stop_below is not None and not 0 < self.stop_below <= 1:
+            raise UsageError(f"--stop_below must lie in (0, 1]; got {self.stop_below}")
+        if self.rag_chunks != "sentences" and not (self.rag_chunks.isdigit() and int(self.rag_chunks) > 0):
+            raise UsageError(f"--rag_chunks must be sentences, or tokens of a passage; got {self.rag_chunks!r}")
+        if self.rag_top_k < 1:
+            raise UsageError(f"--rag_top_k must be at least 1; got {self.rag_top_k}")
+        if self.rag_order not in RAG_ORDERS:
+            got = f"{self.rag_order!r}{suggest(self.rag_order, RAG_ORDERS)}"
+            raise UsageError(f"--rag_order must be one of {', '.join(RAG_ORDERS)}; got {got}")
+
+    @property
+    def rag(self) -> dict:
+        """Settings of baseline rag, as `baselines.RagSettings` takes them."""
+        chunks = self.rag_chunks if self.rag_chunks == "sentences" else int(self.rag_chunks)
+        return {"chunks": chunks, "top_k": self.rag_top_k, "order": self.rag_order, "model": self.rag_model}
+
     def _check_generated_tasks(self):
         if not self.task:
-            raise UsageError(
-                "give --task (passkey, qa1, … qa20, perplexity) or --dataset_name (a .jsonl file of your own rows)"
-            )
+            raise UsageError(f"give --task ({KNOWN_TASKS}) or --dataset_name (a .jsonl file of your own rows)")
         for name in self.task:
             if name not in TASKS:
                 got = f"{name!r}{suggest(name, (*TASKS, 'perplexity'))}"
-                raise UsageError(f"--task must be one of passkey, qa1, … qa20, perplexity; got {got}")
+                raise UsageError(f"--task must be one of {KNOWN_TASKS}; got {got}")
         for length in self.lengths:
             parse_length(length)
 
@@ -102,11 +180,12 @@ class EvaluationSettings:
                 "--task perplexity needs --text_path; got none. Name a folder of .txt files, a .txt or .jsonl file or a Hub id"
             )
         for length in self.lengths:
-            parse_length(length)
+            if parse_length(length) == 0:
+                raise UsageError(f"--lengths must be at least one segment for perplexity; got {length!r}")
 
     def _check_dataset(self):
-        if self.task or self.lengths:
-            raise UsageError("--dataset_name takes the rows as they are; leave out --task and --lengths")
+        if self.task or self.lengths or self.depths:
+            raise UsageError("--dataset_name takes the rows as they are; leave out --task, --lengths and --depths")
         if self.dataset_name.endswith((".jsonl", ".parquet")) and not Path(self.dataset_name).is_file():
             raise UsageError(f"--dataset_name {self.dataset_name} does not exist; its columns: input, question, target")
 
@@ -120,20 +199,25 @@ class EvaluationSettings:
     def measures_perplexity(self) -> bool:
         return "perplexity" in self.task
 
-    def cells(self, segment_length: int) -> list[tuple[str, int | None]]:
-        """The (task, segments) pairs to measure, without repeats; the user's own rows have no set length (None)."""
+    def cells(self, segment_length: int) -> list[Cell]:
+        """What to measure, without repeats, shorter texts first; the user's own rows have no set length (None)."""
         if self.dataset_name:
-            return [("dataset", None)]
+            return [Cell("dataset", None)]
         default = PERPLEXITY_LENGTHS if self.measures_perplexity else DEFAULT_LENGTHS
-        segments = sorted({parse_length(text, segment_length) for text in self.lengths or default})
-        return [(task, n) for task in dict.fromkeys(self.task) for n in segments]
+        named = {parse_length(text, segment_length): text for text in self.lengths or default}
+        return [
+            Cell(task, n, depth, named[n] if re.fullmatch(r"\d+[kM]", named[n]) else str(n * segment_length))
+            for task in dict.fromkeys(self.task)
+            for depth in dict.fromkeys(self.depths or (None,))
+            for n in sorted(named)
+        ]
 
     def identity(self) -> dict:
         """Whatever changes a measurement; two runs of one identity may share an output folder.
 
         Tasks and lengths are not part of it (they name cells), nor is the batch size.
         """
-        return {
+        identity = {
             "adapter": fingerprint(self.adapter_path),
             "num_samples": self.num_samples,
             "seed": self.seed,
@@ -142,15 +226,24 @@ class EvaluationSettings:
             "load_in_4bit": self.load_in_4bit,
             "top_k": self.top_k,
             "retrieval": self.retrieval,
-            "dataset_name": fingerprint(self.dataset_name),
+            "dataset_name": fingerprint_text(self.dataset_name),
+            "dataset_config": self.dataset_config,
+            "dataset_split": self.dataset_split,
             "text_path": fingerprint_text(self.text_path),
             "babi_dir": resolve(self.babi_dir),
             "background_dir": resolve(self.background_dir),
+            "background_dataset": self.background_dataset,
             "num_digits": self.num_digits,
+            "passkey_wording": self.passkey_wording,
             "question_position": self.question_position,
             "max_n_facts": self.max_n_facts,
             "version": __version__,
         }
+        if "rag" in self.baseline:
+            identity["rag"] = self.rag
+        if "api" in self.baseline:
+            identity["api_model"] = self.api_model
+        return identity
 
 
 @dataclass(frozen=True)
@@ -212,7 +305,7 @@ def check_model_folder(path: str):
 
 
 def parse_length(text: str, segment_length: int | None = None) -> int:
-    """Segments in a length: "8" is 8 segments, "4k" or "1M" are tokens, rounded down to whole segments.
+    """Segments in a length: "8" is 8 segments, "4k" or "1M" are tokens, rounded down to whole segments; "0k" is 0.
 
     Without `segment_length` only the spelling is checked, and a length in tokens counts as 1.
     """
@@ -221,8 +314,10 @@ def parse_length(text: str, segment_length: int | None = None) -> int:
         raise UsageError(f"--lengths takes segments (8) or tokens (4k, 0.5M); got {text!r}")
     if match[1]:
         segments = int(match[1])
+    elif float(match[2]) == 0:
+        return 0
     elif segment_length is None:
-        segments = 1 if float(match[2]) else 0
+        segments = 1
     else:
         tokens = round(float(match[2]) * (1_000 if match[3] in "kK" else 1_000_000))
         segments = tokens // segment_length

@@ -9,6 +9,7 @@ from lrmt.tasks.background import Background, ProceduralProse
 from lrmt.tasks.base import SPLITS, Example, Task, derive_rng
 from lrmt.tasks.collate import collate
 from lrmt.tasks.dataset import DatasetTask
+from lrmt.tasks.needles import MemoryTask, NeedleTask
 from lrmt.tasks.passkey import PasskeyTask
 from lrmt.tasks.text import TextTask
 
@@ -16,7 +17,8 @@ __all__ = ["Background", "Example", "MixedTask", "ProceduralProse", "Task", "bui
 
 
 def _passkey(name, tokenizer, options):
-    return PasskeyTask(tokenizer, **_only(options, "split seed segment_length num_digits depth early_facts_share"))
+    given = _only(options, "split seed segment_length num_digits depth early_facts_share")
+    return PasskeyTask(tokenizer, wording=options["passkey_wording"], **given)
 
 
 def _dataset(name, tokenizer, options):
@@ -29,23 +31,46 @@ def _text(name, tokenizer, options):
     return TextTask(tokenizer, **_only(options, "text_path split seed dataset_config dataset_split"))
 
 
+_HAYSTACK = "split seed segment_length question_position task_start_pct task_end_pct depth early_facts_share"
+
+
 def _babilong(name, tokenizer, options):
-    background = options["background"]
-    if background is None:  # prose of one split never occurs in another
+    given = _only(options, f"{_HAYSTACK} babi_dir max_n_facts")
+    return BabilongTask(name, tokenizer, _background(tokenizer, options), **given)
+
+
+def _needle(name, tokenizer, options):
+    return NeedleTask(name, tokenizer, _background(tokenizer, options), **_only(options, _HAYSTACK))
+
+
+def _memory(name, tokenizer, options):
+    return MemoryTask(name, tokenizer, _background(tokenizer, options), **_only(options, _HAYSTACK))
+
+
+def _background(tokenizer, options) -> Background:
+    """What is asked for; the tasks of a mixture share it."""
+    background, dataset = options["background"], options["background_dataset"]
+    if background is not None and dataset is not None:
+        raise UsageError(f"--background_dir and --background_dataset exclude each other; got {dataset} too. Name one")
+    if dataset is not None:
+        background = Background.from_dataset(dataset, tokenizer)
+    elif background is None:  # prose of one split never occurs in another
         background = ProceduralProse(tokenizer, seed=f"{options['seed']}/{options['split']}")
     elif not isinstance(background, Background):
         background = Background(background, tokenizer)
-    options["background"] = background  # the tasks of a mixture share it
-    wanted = "background split seed babi_dir segment_length max_n_facts question_position task_start_pct task_end_pct"
-    wanted += " early_facts_share"
-    return BabilongTask(name, tokenizer, **_only(options, wanted))
+    options |= {"background": background, "background_dataset": None}
+    return background
 
 
 def _only(options: dict, names: str) -> dict:
     return {name: options[name] for name in names.split()}
 
 
-TASKS = {"passkey": _passkey, "dataset": _dataset, "text": _text} | {f"qa{n}": _babilong for n in range(1, 21)}
+HAYSTACKS = {f"qa{n}": _babilong for n in range(1, 21)} | {
+    "niah_single": _needle,
+    **dict.fromkeys(("memorize", "detect_memorize", "reasoning"), _memory),
+}
+TASKS = {"passkey": _passkey, "dataset": _dataset, "text": _text} | HAYSTACKS
 
 
 class MixedTask(Task):
@@ -69,12 +94,14 @@ def build_task(
     seed: int = 0,
     babi_dir: str | Path | None = None,
     background: Background | str | Path | Sequence[str | Path] | None = None,
+    background_dataset: str | None = None,
     segment_length: int | None = None,
     dataset_path: str | Path | None = None,
     dataset_config: str | None = None,
     dataset_split: str | None = None,
     text_path: str | Path | None = None,
     num_digits: int = 5,
+    passkey_wording: str = "landmark",
     depth: float | None = None,
     max_n_facts: int | None = None,
     question_position: str = "last",
@@ -82,10 +109,12 @@ def build_task(
     task_end_pct: float = 1.0,
     early_facts_share: float = 0.0,
 ) -> Task:
-    """Build a task by name: passkey, qa1..qa20, dataset, text, or a mixture such as "qa1,qa2".
+    """Build a task by name: passkey, qa1..qa20, niah_single, memorize, detect_memorize, reasoning, dataset, text, or a
+    mixture such as "qa1,qa2".
 
-    `background` is a Background, a text file, a folder or a list of them; built-in prose when None. Options that a
-    task does not know are left alone. Raises UsageError for an unknown name or split, and for bad options.
+    `background` is a Background, a text file, a folder or a list of them; `background_dataset` a data set with column
+    text instead; built-in prose when both are None. `depth` (0..1) is where the first fact lies, anywhere when None.
+    Options that a task does not know are left alone. Raises UsageError for an unknown name or split, and for bad options.
     """
     options = dict(locals())
     if split not in SPLITS:
@@ -95,7 +124,7 @@ def build_task(
     names = [part.strip() for part in name.split(",")]
     for part in names:
         if part not in TASKS:
-            known = "passkey, qa1..qa20, dataset, text"
+            known = "passkey, qa1..qa20, dataset, text, niah_single, memorize, detect_memorize, reasoning"
             raise UsageError(f"--task {part!r} is unknown; known: {known}{suggest(part.lower(), TASKS)}")
     tasks = [TASKS[part](part, tokenizer, options) for part in names]
     return tasks[0] if len(tasks) == 1 else MixedTask(tasks, split=split, seed=seed)

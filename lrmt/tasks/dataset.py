@@ -10,6 +10,7 @@ from lrmt.errors import UsageError, one_line
 from lrmt.tasks.base import Example, Pieces, Task, check_segment, epoch_order, hold_out, join
 
 COLUMNS = ("input", "question", "target")  # the public BABILong schema
+CARD = "README.md"  # which says what is in a folder
 _FILE_SUFFIXES = (".jsonl", ".parquet")
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
@@ -17,9 +18,9 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 class DatasetTask(Task):
     """Stored rows, each of its own length.
 
-    `dataset_path` is a .jsonl or .parquet file, or a Hub dataset id with `dataset_config` and `dataset_split`. Train leaves
-    out the last tenth of the rows, which is validation; test is all of them. Train shuffles each epoch, other splits keep
-    the order of the rows.
+    `dataset_path` is a .jsonl or .parquet file; or a Hub dataset id, or a folder with a card as `lrmt data build` writes
+    it, with `dataset_config` and `dataset_split`. Train leaves out the last tenth of the rows, which is validation; test
+    is all of them. Train shuffles each epoch, other splits keep the order of the rows.
 
     A `length` asks for rows of as many segments, so that all ranks of a training step run equally many; where there are
     none, for the nearest shorter rows, or else the nearest longer ones. `length` 0 takes the rows as they come.
@@ -42,10 +43,12 @@ class DatasetTask(Task):
         if not dataset_path:
             raise UsageError("task dataset needs --dataset_name: a .jsonl or .parquet file, or a Hub dataset id")
         source = str(dataset_path)
-        if looks_local(source):
-            rows = _read_file(Path(source).expanduser())
+        path = Path(source).expanduser()
+        if looks_local(source) and not (path / CARD).is_file():
+            rows = _read_file(path)
         else:
-            rows = _read_hub(source, dataset_config, dataset_split or ("test" if split == "test" else "train"))
+            dataset_split = dataset_split or ("test" if split == "test" else "train")
+            rows = _load(str(path) if path.is_dir() else source, dataset_config, dataset_split)
         rows = list(rows)
         if split != "test" and len(rows) > 1:
             rows = hold_out(rows, split)
@@ -139,7 +142,7 @@ def read_jsonl(path: Path, flag: str, columns: Sequence[str]) -> list[dict]:
     return rows
 
 
-def _read_hub(name: str, config: str | None, split: str):
+def _load(name: str, config: str | None, split: str):
     import datasets
 
     try:

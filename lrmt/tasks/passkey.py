@@ -1,11 +1,18 @@
-"""Passkey retrieval after Landmark attention (Mohtashami & Jaggi 2023, section 4.2): one number in a lot of filler."""
+"""Passkey retrieval: one number in a lot of filler, in the wordings of three benchmarks."""
 
 import numpy as np
 
-from lrmt.errors import UsageError
+from lrmt.errors import UsageError, suggest
 from lrmt.tasks.base import Example, Pieces, Task, check_segment, derive_rng, join, start_of_last_segment
+from lrmt.tasks.haystack import check_depth
 
 TASK_LINE = "Find the pass key in this text."
+_HIDDEN = "There is an important info hidden inside a lot of irrelevant text. Find it and memorize"
+WORDINGS = {  # the line that opens the text
+    "landmark": TASK_LINE,  # after Mohtashami & Jaggi 2023, section 4.2, in fewer words
+    "longlora": f"{_HIDDEN} them. I will quiz you about the important information there.",  # Chen et al. 2023, appendix B
+    "infinitebench": f"{_HIDDEN} it. I will quiz you about the important information.",  # Zhang et al. 2024, Retrieve.PassKey
+}
 FILLER = (
     "The grass is green.",
     "The sky is blue.",
@@ -20,6 +27,7 @@ QUESTION = "What is the pass key? The pass key is"
 class PasskeyTask(Task):
     """Task line, filler, the key, filler, question; the filler is cut at token level to the exact length.
 
+    `wording` names the task line: landmark, longlora or infinitebench, which agree in all else.
     `depth` is the share of the filler before the key (0 at the top), drawn uniformly when None. `early_facts_share` of the
     training texts have the key before the last segment, where only memory can find it.
     Raises UsageError for bad options, or a question and answer longer than `segment_length`.
@@ -28,15 +36,26 @@ class PasskeyTask(Task):
     name = "passkey"
 
     def __init__(
-        self, tokenizer, *, split="train", seed=0, segment_length=None, num_digits=5, depth=None, early_facts_share=0.0
+        self,
+        tokenizer,
+        *,
+        split: str = "train",
+        seed: int = 0,
+        segment_length: int | None = None,
+        num_digits: int = 5,
+        wording: str = "landmark",
+        depth: float | None = None,
+        early_facts_share: float = 0.0,
     ):
         if not 1 <= num_digits <= 18:
             raise UsageError(f"--num_digits must be 1..18; got {num_digits}")
-        if depth is not None and not 0 <= depth <= 1:
-            raise UsageError(f"--depth must lie in [0, 1] (0 = the key at the top); got {depth}")
+        if wording not in WORDINGS:
+            got = f"{wording!r}{suggest(wording, WORDINGS)}"
+            raise UsageError(f"--passkey_wording must be one of {', '.join(WORDINGS)}; got {got}")
+        check_depth(depth)
         self.pieces = Pieces(tokenizer)
         self.split, self.seed, self.num_digits, self.depth = split, seed, num_digits, depth
-        self.task_line, self.question = self.pieces(TASK_LINE), self.pieces(QUESTION)
+        self.task_line, self.question = self.pieces(WORDINGS[wording]), self.pieces(QUESTION)
         self.filler = join(map(self.pieces, FILLER))
         self.max_new_tokens = max(10, num_digits + 2)
         self.segment_length = segment_length

@@ -1,18 +1,17 @@
 """Language modelling on any text: every token but the first is to be predicted."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
-from lrmt.errors import UsageError, one_line
-from lrmt.tasks.background import strip_gutenberg, text_files
+from lrmt.errors import UsageError
 from lrmt.tasks.base import Example, Task, derive_rng, hold_out
-from lrmt.tasks.dataset import looks_local, read_jsonl
+from lrmt.tasks.dataset import looks_local
+from lrmt.tasks.documents import read_documents, stream_documents, text_files
 
-COLUMN = "text"
 MAX_HUB_TOKENS = 2**24  # of a Hub data set, which may be larger than any disk
 _BATCH = 64  # documents tokenised at once
 
@@ -81,12 +80,12 @@ def _local_tokens(source: str, tokenizer) -> np.ndarray:
 @lru_cache(maxsize=2)  # the splits of a run share one array
 def _file_tokens(files: tuple[Path, ...], stamps: tuple, tokenizer) -> np.ndarray:
     """Ids of the files, which `stamps` tell from what they held before."""
-    return _tokenise((text for file in files for text in _read(file)), tokenizer)
+    return _tokenise((text for file in files for text in read_documents(file, "--text_path")), tokenizer)
 
 
 @lru_cache(maxsize=2)
 def _hub_tokens(name: str, config: str | None, split: str, tokenizer) -> np.ndarray:
-    return _tokenise(_read_hub(name, config, split), tokenizer, MAX_HUB_TOKENS)
+    return _tokenise(stream_documents(name, config, split, "--text_path"), tokenizer, MAX_HUB_TOKENS)
 
 
 def _tokenise(texts: Iterable[str], tokenizer, limit: int | None = None) -> np.ndarray:
@@ -101,33 +100,3 @@ def _tokenise(texts: Iterable[str], tokenizer, limit: int | None = None) -> np.n
     tokens = np.concatenate(parts)[:limit]
     tokens.setflags(write=False)
     return tokens
-
-
-def _read(file: Path) -> Iterator[str]:
-    """The documents of a file: a .txt is one, a line of a .jsonl another."""
-    if file.suffix.lower() == ".txt":
-        yield strip_gutenberg(file.read_text(encoding="utf-8-sig", errors="replace")).strip()
-    else:
-        for number, row in enumerate(read_jsonl(file, "--text_path", (COLUMN,)), start=1):
-            yield _text_of(row, f"--text_path {file} row {number}")
-
-
-def _read_hub(name: str, config: str | None, split: str) -> Iterator[str]:
-    import datasets
-
-    at = f"--text_path {name}" + (f" --dataset_config {config}" if config else "") + f" of split {split}"
-    try:
-        for number, row in enumerate(datasets.load_dataset(name, config, split=split, streaming=True), start=1):
-            yield _text_of(row, f"{at} row {number}")
-    except UsageError:
-        raise
-    except Exception as error:  # the Hub client raises many kinds; the user needs one line
-        raise UsageError(f"cannot load {at}: {one_line(error)}") from error
-
-
-def _text_of(row: dict, where: str) -> str:
-    if COLUMN not in row:
-        raise UsageError(f"{where} has no column {COLUMN!r}; found: {', '.join(row) or 'none'}")
-    if not isinstance(row[COLUMN], str):
-        raise UsageError(f"{where} has no text in {COLUMN!r} (got {row[COLUMN]!r}); give a string")
-    return row[COLUMN].strip()

@@ -137,7 +137,9 @@ def _build_task(task_args: TaskArguments, tokenizer, split: str, segment_length:
         segment_length=segment_length,
         babi_dir=task_args.babi_dir,
         background=task_args.background_dir,
+        background_dataset=task_args.background_dataset,
         num_digits=task_args.num_digits,
+        passkey_wording=task_args.passkey_wording,
         question_position=task_args.question_position,
         max_n_facts=task_args.max_n_facts,
         early_facts_share=task_args.early_facts_share,
@@ -195,6 +197,7 @@ def _identity(
     for name in (
         "babi_dir",
         "background_dir",
+        "background_dataset",
         "dataset_name",
         "text_path",
     ):  # data may move; another name is another text

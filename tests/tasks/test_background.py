@@ -1,10 +1,16 @@
+import json
+import shutil
+
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from lrmt.errors import UsageError
 from lrmt.tasks import babi, background, prose
-from lrmt.tasks.background import Background, ProceduralProse, split_sentences, strip_gutenberg
+from lrmt.tasks.background import Background, ProceduralProse
 from lrmt.tasks.base import Pieces
+from lrmt.tasks.documents import split_sentences, strip_gutenberg
 
 
 @pytest.mark.parametrize(
@@ -33,18 +39,52 @@ def test_strip_gutenberg_keeps_what_lies_between_the_marks():
     assert strip_gutenberg(body) == body
 
 
+def sentences_of(passage):
+    """The sentences of a passage, as ids or bytes."""
+    return passage.split(np.arange(1, len(passage.gaps) - 1))
+
+
 def test_take_is_exact_and_consecutive(tokenizer, book, tmp_path):
     pool = Background(book, tokenizer, tmp_path / "cache")
     sentences = [" " + s for s in book.read_text().splitlines() if len(Pieces(tokenizer)(s)) >= 10]
     for num_tokens in (1, 9, 500, 3000):
-        taken = pool.take(np.random.default_rng(num_tokens), num_tokens)
-        assert sum(map(len, taken)) == num_tokens
+        passage = pool.take(np.random.default_rng(num_tokens), num_tokens)
+        taken = sentences_of(passage)
+        assert len(passage.content) == sum(map(len, taken)) == num_tokens
+        assert passage.gaps.tolist() == [0, *np.cumsum([len(s) for s in taken])]
         texts = [tokenizer.decode(ids) for ids in taken]
         start = next(i for i, s in enumerate(sentences) if s.startswith(texts[0]))
         told = [sentences[(start + i) % len(sentences)] for i in range(len(texts))]
         assert texts[:-1] == told[:-1]
         assert told[-1].startswith(texts[-1].rstrip("\ufffd"))
-    assert pool.take(np.random.default_rng(0), 0) == []
+    assert len(pool.take(np.random.default_rng(0), 0).content) == 0
+
+
+def test_text_of_exact_length_is_the_same_sentences(tokenizer, book, tmp_path):
+    pool = Background(book, tokenizer, tmp_path / "cache")
+    for num_tokens in (1, 2, 9, 500, 501, 502, 503, 3000, 2 * len(pool.ids) + 5):
+        passage = pool.take_text(np.random.default_rng(num_tokens), num_tokens)
+        text = bytes(passage.content).decode()
+        assert len(tokenizer(text, add_special_tokens=False)["input_ids"]) == num_tokens == passage.gaps[-1]
+        assert text.startswith(" ") and not text[-1].isspace()
+        ids = pool.take(np.random.default_rng(num_tokens), num_tokens)
+        assert np.array_equal(passage.gaps[:-1], ids.gaps[: len(passage.gaps) - 1])
+        for whole, sentence in zip(sentences_of(ids)[:-1], sentences_of(passage), strict=False):
+            assert tokenizer.decode(whole) == bytes(sentence).decode()
+    assert pool.take_text(np.random.default_rng(0), 0).content.tolist() == []
+
+
+def test_text_is_exact_where_no_beginning_of_a_sentence_has_the_tokens(tmp_path):
+    """A tokenizer of bytes cannot make one token of a space and a letter: the sentence before is given up too."""
+    backend = Tokenizer(models.BPE(vocab={chr(i): i for i in range(32, 127)}, merges=[]))
+    letters = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="~")
+    (tmp_path / "book.txt").write_text("\n\n".join(f"Ship {'a' * (10 + i)} sank." for i in range(30)))
+    pool = Background(tmp_path / "book.txt", letters, tmp_path / "cache")
+    for seed in range(100):
+        passage = pool.take_text(np.random.default_rng(seed), 100)
+        assert len(letters(bytes(passage.content).decode())["input_ids"]) == 100
+    with pytest.raises(UsageError, match="no beginning of a sentence of .* has 1 tokens; give a greater length"):
+        pool.take_text(np.random.default_rng(0), 1)
 
 
 def test_take_wraps_around_the_last_book(tokenizer, tmp_path):
@@ -52,10 +92,14 @@ def test_take_wraps_around_the_last_book(tokenizer, tmp_path):
         (tmp_path / name).write_text("\n".join(prose.write(20, seed)))
     pool = Background(tmp_path, tokenizer, tmp_path / "cache")
     total = len(pool.ids)
-    taken = np.concatenate(pool.take(np.random.default_rng(3), 3 * total + 17))
-    assert len(taken) == 3 * total + 17
+    passage = pool.take(np.random.default_rng(3), 3 * total + 17)
+    taken = passage.content
+    assert len(taken) == 3 * total + 17 == passage.gaps[-1]
     assert np.array_equal(taken[:total], taken[total : 2 * total])
     assert sorted(taken[:total]) == sorted(pool.ids)
+    pool.reserve(total)
+    with pytest.raises(UsageError, match=rf"has {total:,} tokens, fewer than the .* --repeat_background"):
+        pool.reserve(total + 1)
 
 
 def test_every_book_is_as_likely_whatever_its_size(tokenizer, tmp_path):
@@ -64,7 +108,7 @@ def test_every_book_is_as_likely_whatever_its_size(tokenizer, tmp_path):
     pool = Background(tmp_path, tokenizer, tmp_path / "cache")
     (_, border), _ = pool.books
     rng = np.random.default_rng(0)
-    starts = [pool.take(rng, 1)[0].__array_interface__["data"][0] for _ in range(400)]
+    starts = [pool.take(rng, 1).content.__array_interface__["data"][0] for _ in range(400)]
     in_short = sum(start >= pool.ids[pool.offsets[border] :].__array_interface__["data"][0] for start in starts)
     assert 160 <= in_short <= 240
 
@@ -102,13 +146,27 @@ def test_cache_is_used_again_and_only_for_the_same_texts_and_tokenizer(
     assert len(list(cache.iterdir())) == 3  # and no temporary file
 
 
-def test_a_damaged_cache_is_made_again(tokenizer, book, tmp_path):
-    first = Background(book, tokenizer, tmp_path / "cache")
-    (stored,) = (tmp_path / "cache").iterdir()
-    stored.write_bytes(stored.read_bytes()[:200])
-    assert np.array_equal(Background(book, tokenizer, tmp_path / "cache").ids, first.ids)
-    with np.load(stored) as whole:
-        assert np.array_equal(whole["ids"], first.ids)
+@pytest.mark.parametrize("part", ["meta.json", "ids.npy", "text.npy", "offsets.npy"])
+def test_a_damaged_cache_is_made_again(tokenizer, book, tmp_path, part):
+    ids = Background(book, tokenizer, tmp_path / "cache").ids.copy()
+    (folder,) = (tmp_path / "cache").iterdir()
+    stored = (folder / part).read_bytes()
+    (folder / part).write_bytes(stored[: len(stored) - 9])
+    assert np.array_equal(Background(book, tokenizer, tmp_path / "cache").ids, ids)
+    assert (folder / part).read_bytes() == stored
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_a_cache_of_another_tokenizer_is_refused_and_kept(tokenizer, other_tokenizer, book, tmp_path):
+    Background(book, tokenizer, tmp_path / "cache")
+    (mine,) = (tmp_path / "cache").iterdir()
+    Background(book, other_tokenizer, tmp_path / "cache")
+    (other,) = set((tmp_path / "cache").iterdir()) - {mine}
+    shutil.rmtree(mine)
+    shutil.copytree(other, mine)
+    with pytest.raises(UsageError, match=f"{mine.name} was written by another tokenizer; remove it, or set LRMT_CACHE"):
+        Background(book, tokenizer, tmp_path / "cache")
+    assert sorted(f.name for f in mine.iterdir()) == sorted(f.name for f in other.iterdir())
 
 
 def test_a_cache_folder_that_cannot_be_written_only_warns(tokenizer, book, tmp_path):
@@ -140,7 +198,42 @@ def test_prose_is_varied_seeded_and_answers_no_question(tokenizer):
     assert not any(char.isdigit() or char in "<>_" for s in sentences for char in s)
     one, two = (ProceduralProse(tokenizer, seed=s, num_sentences=200) for s in (0, 1))
     assert not np.array_equal(one.ids[:50], two.ids[:50])
-    assert sum(map(len, one.take(np.random.default_rng(0), 700))) == 700
+    assert len(one.take(np.random.default_rng(0), 700).content) == 700
+
+
+def test_prose_grows_without_an_end_and_without_changing_what_was_there(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("LRMT_CACHE", str(tmp_path / "cache"))
+    small, grown = (ProceduralProse(tokenizer, seed=3, num_sentences=100) for _ in range(2))
+    block = len(small.ids)
+    grown.reserve(5 * block)
+    assert len(grown.ids) > 5 * block and np.array_equal(grown.ids[:block], small.ids)
+    for num_tokens in (10, block, 4 * block):
+        passages = [pool.take(np.random.default_rng(num_tokens), num_tokens) for pool in (small, grown)]
+        assert np.array_equal(passages[0].content, passages[1].content)
+    taken = passages[0]
+    assert len({bytes(s) for s in sentences_of(taken)}) > 0.95 * len(sentences_of(taken))  # nothing is repeated
+    again = ProceduralProse(tokenizer, seed=3, num_sentences=100)
+    monkeypatch.setattr(background, "_tokenise", None)  # what it grows by is in the cache
+    assert np.array_equal(again.take(np.random.default_rng(4 * block), 4 * block).content, taken.content)
+
+
+def test_a_data_set_is_read_until_there_is_enough(tokenizer, tmp_path, monkeypatch):
+    rows = [{"text": " ".join(prose.write(40, seed))} for seed in range(6)]
+    path = tmp_path / "books.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    whole = Background.from_dataset(str(path), tokenizer, cache_dir=tmp_path / "cache")
+    assert len(whole.books) == 6
+    half = Background.from_dataset(str(path), tokenizer, num_tokens=len(whole.ids) // 2, cache_dir=tmp_path / "cache")
+    assert len(half.books) in (3, 4) and np.array_equal(half.ids, whole.ids[: len(half.ids)])
+    monkeypatch.setattr(background, "_tokenise", None)
+    again = Background.from_dataset(str(path), tokenizer, cache_dir=tmp_path / "cache")
+    assert np.array_equal(again.ids, whole.ids)
+    monkeypatch.undo()
+    with pytest.raises(UsageError, match="cannot load --background_dataset .*nowhere.* of split train"):
+        Background.from_dataset(str(tmp_path / "nowhere"), tokenizer, cache_dir=tmp_path / "cache")
+    path.write_text('{"body": "x"}\n')
+    with pytest.raises(UsageError, match="row 1 has no column 'text'; found: body"):
+        Background.from_dataset(str(path), tokenizer, cache_dir=tmp_path / "cache")
 
 
 @pytest.mark.realdata

@@ -15,7 +15,7 @@ def small_prose(monkeypatch):
     monkeypatch.setattr(prose, "write", lambda num_sentences, seed: write(300, seed))
 
 
-@pytest.mark.parametrize("name", ["passkey", "qa1", "qa2", "qa3", "qa1,qa2", "passkey, qa3"])
+@pytest.mark.parametrize("name", ["passkey", "qa1", "qa3", "qa1,qa2", "passkey, qa3", "niah_single, reasoning"])
 def test_tasks_are_built_by_name(tokenizer, name):
     task = build_task(name, tokenizer, segment_length=128)
     assert task.name == name.replace(" ", "")

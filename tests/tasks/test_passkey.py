@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lrmt.errors import UsageError
-from lrmt.tasks.passkey import FILLER, PasskeyTask
+from lrmt.tasks.passkey import FILLER, WORDINGS, PasskeyTask
 
 LANDMARK = re.compile(r"The pass key is (\d+)\. Remember it\. (\d+) is the pass key\.")
 
@@ -67,7 +67,18 @@ def test_num_digits(tokenizer, num_digits):
     assert all(len(e.answer_ids) <= task.max_new_tokens for e in examples)
 
 
+@pytest.mark.parametrize("wording", WORDINGS)
+def test_wordings_differ_in_their_first_line(tokenizer, wording):
+    example = PasskeyTask(tokenizer, wording=wording).example(0, 400)
+    assert len(example.prompt_ids) + len(example.answer_ids) == 400
+    text = tokenizer.decode(example.prompt_ids)
+    assert text.startswith(f" {WORDINGS[wording]} ") and text.endswith(" What is the pass key? The pass key is")
+    assert len(set(WORDINGS.values())) == 3
+
+
 def test_bad_options_are_refused(tokenizer):
+    with pytest.raises(UsageError, match="--passkey_wording must be one of landmark, .*; did you mean longlora"):
+        PasskeyTask(tokenizer, wording="longlara")
     with pytest.raises(UsageError, match="passkey does not fit into 40 tokens; give a length of"):
         PasskeyTask(tokenizer).example(0, 40)
     with pytest.raises(UsageError, match="--num_digits must be"):

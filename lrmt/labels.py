@@ -1,0 +1,20 @@
+"""The answers that each bAbI task knows, which generation checks and scoring looks for."""
+
+ROOMS = ("bathroom", "bedroom", "garden", "hallway", "kitchen", "office")
+YES_NO = ("no", "yes")
+DIRECTIONS = ("e,e", "e,n", "e,s", "n,e", "n,n", "n,w", "s,e", "s,s", "s,w", "w,n", "w,s", "w,w")
+
+# The answer sets of the bAbI files.
+TASK_LABELS = {
+    **dict.fromkeys(("qa1", "qa2", "qa3", "qa4", "qa11", "qa12", "qa13"), ROOMS),
+    "qa5": ("bill", "fred", "jeff", "mary", "apple", "football", "milk"),
+    **dict.fromkeys(("qa6", "qa9", "qa17", "qa18"), YES_NO),
+    "qa7": ("none", "one", "two", "three"),
+    "qa8": ("apple", "football", "milk", "nothing"),
+    "qa10": ("maybe", *YES_NO),
+    "qa14": ("bedroom", "cinema", "kitchen", "office", "park", "school"),
+    "qa15": ("cat", "mouse", "sheep", "wolf"),
+    "qa16": ("gray", "green", "white", "yellow"),
+    "qa19": DIRECTIONS,
+    "qa20": ("bedroom", "bored", "garden", "hungry", "kitchen", "thirsty", "tired"),
+}

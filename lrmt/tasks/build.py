@@ -1,0 +1,342 @@
+"""Samples written to disk in the public BABILong schema, or as chats: one folder per length, one split per task."""
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import re
+import signal
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+import lrmt
+from lrmt.errors import UsageError, one_line, suggest
+from lrmt.tasks import HAYSTACKS, Background, ProceduralProse, build_task
+from lrmt.tasks.background import MAX_DATASET_TOKENS
+from lrmt.tasks.base import SPLITS
+from lrmt.tasks.cache import digest, fingerprint_tokenizer
+from lrmt.tasks.haystack import HaystackTask, Row
+
+FORMATS = {"parquet": "parquet", "jsonl": "jsonl", "chat": "jsonl"}  # and what their files end in
+SHARD_TOKENS = 2**25  # of one file, and what one worker holds in memory
+IDENTITY = "build.json"
+TINY_TOKENIZER = Path(lrmt.__file__).parent / "assets" / "tiny-llama"
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """What `lrmt data` makes samples of: every field is the flag of the same name.
+
+    Raises UsageError, one line, for whatever cannot work.
+    """
+
+    task: tuple[str, ...]
+    lengths: tuple[str, ...]
+    tokenizer: str | None = None
+    babi_dir: str | None = None
+    background_dir: str | None = None
+    background_dataset: str | None = None
+    repeat_background: bool = False
+    split: str = "test"
+    seed: int = 0
+    task_start_pct: float = 0.0
+    task_end_pct: float = 1.0
+    depth: float | None = None
+    max_n_facts: int | None = None
+    reserved_tokens: int = 300
+
+    def __post_init__(self):
+        for name in self.task:
+            if name not in HAYSTACKS:
+                known = "qa1, … qa20, niah_single, memorize, detect_memorize, reasoning"
+                raise UsageError(f"--task must be one of {known}; got {name!r}{suggest(name, HAYSTACKS)}")
+        if self.split not in SPLITS:
+            got = f"{self.split!r}{suggest(self.split, SPLITS)}"
+            raise UsageError(f"--split must be one of {', '.join(SPLITS)}; got {got}")
+        for flag in ("seed", "reserved_tokens"):
+            if getattr(self, flag) < 0:
+                raise UsageError(f"--{flag} must not be negative; got {getattr(self, flag)}")
+        for length in self.lengths:
+            self.context_length(length)
+
+    def context_length(self, length: str) -> int:
+        """Tokens of facts and background in a sample of this nominal length; 0 for facts alone."""
+        tokens = parse_tokens(length)
+        if tokens and tokens <= self.reserved_tokens:
+            raise UsageError(
+                f"--lengths {length} leaves no room beside --reserved_tokens {self.reserved_tokens}; ask for more, or "
+                "reserve less for question and answer"
+            )
+        return max(0, tokens - self.reserved_tokens)
+
+    def open_tasks(self) -> dict[str, HaystackTask]:
+        """The tasks by name, over one background that is long enough for every length."""
+        tokenizer = load_tokenizer(self.tokenizer or str(TINY_TOKENIZER))
+        longest = max(map(self.context_length, self.lengths))
+        if self.background_dir is not None and self.background_dataset is not None:
+            raise UsageError(
+                "--background_dir and --background_dataset exclude each other; "
+                f"got {self.background_dir} and {self.background_dataset}. Name one"
+            )
+        if self.background_dir is not None:
+            background = Background(self.background_dir, tokenizer)
+        elif self.background_dataset is not None:
+            enough = max(MAX_DATASET_TOKENS, longest)
+            background = Background.from_dataset(self.background_dataset, tokenizer, num_tokens=enough)
+        else:
+            background = ProceduralProse(tokenizer, seed=f"{self.seed}/{self.split}")
+        if not self.repeat_background:
+            background.reserve(longest)
+        options = ("split", "seed", "babi_dir", "max_n_facts", "task_start_pct", "task_end_pct", "depth")
+        given = {name: getattr(self, name) for name in options}
+        return {name: build_task(name, tokenizer, background=background, **given) for name in dict.fromkeys(self.task)}
+
+
+@dataclass(frozen=True)
+class BuildSettings(GenerationSettings):
+    """What `lrmt data build` is asked to do."""
+
+    output_dir: str = ""
+    num_samples: int = 100
+    format: str = "parquet"
+    question_position: str = "last"
+    num_workers: int = 1
+
+    def __post_init__(self):
+        super().__post_init__()
+        for flag in ("num_samples", "num_workers"):
+            if getattr(self, flag) < 1:
+                raise UsageError(f"--{flag} must be at least 1; got {getattr(self, flag)}")
+        if self.format not in FORMATS:
+            got = f"{self.format!r}{suggest(self.format, FORMATS)}"
+            raise UsageError(f"--format must be one of {', '.join(FORMATS)}; got {got}")
+        if self.question_position not in CHATS:
+            got = f"{self.question_position!r}{suggest(self.question_position, CHATS)}"
+            raise UsageError(f"--question_position must be one of {', '.join(CHATS)}; got {got}")
+        if self.question_position != "last" and self.format != "chat":
+            raise UsageError(
+                f"--question_position {self.question_position} is of --format chat; rows of --format {self.format} keep the "
+                "question apart from the input. Leave it out"
+            )
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Rows `first` to `last` of a task and length, and their file, named as on the Hub."""
+
+    task: str
+    length: str
+    first: int
+    last: int
+    path: Path
+
+
+def build(settings: BuildSettings) -> list[Path]:
+    """Write every file that `settings.output_dir` does not hold yet, and a card that lets `datasets` load the folder.
+
+    Samples depend on seed, split, task, length and index alone. Whatever can be refused is refused before anything is
+    written (UsageError). Returns the files of this build, also those that were there.
+    """
+    folder = Path(settings.output_dir)
+    check_folder(folder)
+    tasks = settings.open_tasks()
+    identity = _identify(settings, next(iter(tasks.values())))
+    _check_identity(folder, identity)
+    shards = list(_divide(settings, tasks))
+    for length in settings.lengths:
+        for task in tasks.values():
+            task.row(0, settings.context_length(length))  # what does not fit is refused here
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_whole(folder / IDENTITY, lambda path: path.write_text(json.dumps(identity, indent=2) + "\n"))
+    missing = sorted((s for s in shards if not s.path.exists()), key=lambda s: -parse_tokens(s.length))
+    with tqdm(total=sum(s.last - s.first for s in missing), unit="sample", disable=None) as bar:
+        for shard in _run(settings, tasks, missing):
+            bar.update(shard.last - shard.first)
+    _write_whole(folder / "README.md", lambda path: path.write_text(_card(folder, identity)))
+    return [shard.path for shard in shards]
+
+
+def _divide(settings: BuildSettings, tasks: dict[str, HaystackTask]) -> Iterator[Shard]:
+    """The files of a build: rows of a task and length, at most SHARD_TOKENS in one. Workers do not change them."""
+    for length in dict.fromkeys(map(spell_length, settings.lengths)):
+        tokens = settings.context_length(length)
+        for name, task in tasks.items():
+            available = None if settings.split == "train" else task.num_rows(tokens)
+            rows = settings.num_samples if available is None else min(settings.num_samples, available)
+            step = max(1, SHARD_TOKENS // max(1, tokens))
+            count = -(-rows // step)
+            for number in range(count):
+                file = f"{name}-{number:05}-of-{count:05}.{FORMATS[settings.format]}"
+                first = number * step
+                yield Shard(name, length, first, min(rows, first + step), Path(settings.output_dir, length, file))
+
+
+def _run(settings: BuildSettings, tasks: dict[str, HaystackTask], shards: list[Shard]) -> Iterator[Shard]:
+    """Write shards, here or in other processes; each is told when it is done."""
+    workers = min(settings.num_workers, len(shards))
+    if workers < 2:
+        for shard in shards:
+            yield _write_shard(settings, tasks[shard.task], shard)
+        return
+    forks = sys.platform == "linux"  # elsewhere a worker opens the cached background by itself
+    context = multiprocessing.get_context("fork" if forks else "spawn")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # or the tokenizer warns of the fork; a worker is one thread
+    given = (settings, tasks if forks else None)
+    with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=given) as pool:
+        try:
+            for done in as_completed([pool.submit(_work, shard) for shard in shards]):
+                yield done.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _start_worker(settings: BuildSettings, tasks: dict[str, HaystackTask] | None) -> None:
+    global _settings, _tasks
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # what is being written is finished, and nothing more begun
+    _settings, _tasks = settings, tasks or settings.open_tasks()
+
+
+def _work(shard: Shard) -> Shard:
+    return _write_shard(_settings, _tasks[shard.task], shard)
+
+
+def _write_shard(settings: BuildSettings, task: HaystackTask, shard: Shard) -> Shard:
+    length = settings.context_length(shard.length)
+    rows = (task.row(index, length) for index in range(shard.first, shard.last))
+    if settings.format == "chat":
+        records = ({"messages": chat(row, settings.question_position)} for row in rows)
+    else:
+        records = ({"input": row.input, "question": row.question, "target": row.target} for row in rows)
+    shard.path.parent.mkdir(exist_ok=True)
+    write = _write_parquet if settings.format == "parquet" else _write_jsonl
+    _write_whole(shard.path, lambda path: write(path, records))
+    return shard
+
+
+def _write_parquet(path: Path, records: Iterator[dict]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.Table.from_pylist(list(records)), path)
+
+
+def _write_jsonl(path: Path, records: Iterator[dict]) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        for record in records:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def _write_whole(path: Path, write) -> None:
+    """Write under a temporary name and rename: a file that is there is whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+CHATS = {  # what the user says, by --question_position
+    "last": "<context>\n{context}\n</context>\n\nQuestion: {question}",
+    "first": "Question: {question}\n\n<context>\n{context}\n</context>",
+    "both": "Question: {question}\n\n<context>\n{context}\n</context>\n\nQuestion: {question}",
+}
+
+
+def chat(row: Row, question_position: str = "last") -> list[dict]:
+    """A row as the two messages of a chat, as hosted fine-tuning takes it."""
+    said = CHATS[question_position].format(context=row.input, question=row.question.strip())
+    return [{"role": "user", "content": said}, {"role": "assistant", "content": row.target}]
+
+
+def check_folder(folder: Path) -> None:
+    """Raises UsageError unless the folder is new, empty or of an earlier build."""
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--output_dir must be a folder; {folder} is a file")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / IDENTITY).is_file():
+        raise UsageError(f"--output_dir {folder} is not empty and holds no build; name another folder")
+
+
+def _check_identity(folder: Path, identity: dict) -> None:
+    """Raises UsageError when the folder holds a build of other settings."""
+    if not (folder / IDENTITY).is_file():
+        return
+    try:
+        there = json.loads((folder / IDENTITY).read_text())
+    except ValueError:
+        raise UsageError(f"--output_dir {folder}: {IDENTITY} is no JSON; name another folder") from None
+    other = [name for name in identity if there.get(name) != identity[name]]
+    if other:
+        was = ", ".join(f"{name} {there.get(name)} instead of {identity[name]}" for name in other)
+        raise UsageError(f"--output_dir {folder} holds another build: {was}; name another folder, or the same settings")
+
+
+def _identify(settings: BuildSettings, task: HaystackTask) -> dict:
+    """Whatever changes a sample or a file's rows; tasks and lengths name files, so that more may join them."""
+    left_out = ("task", "lengths", "output_dir", "num_workers", "background_dir", "background_dataset", "tokenizer")
+    kept = {k: v for k, v in dataclasses.asdict(settings).items() if k not in left_out}
+    return kept | {
+        "babi_dir": settings.babi_dir
+        and digest(*(p.read_text() for p in sorted(Path(settings.babi_dir).glob("*.txt")))),
+        "background": task.background.fingerprint,
+        "tokenizer": fingerprint_tokenizer(task.pieces.tokenizer),
+        "version": lrmt.__version__,
+    }
+
+
+def _card(folder: Path, identity: dict) -> str:
+    """The README that tells `datasets` which files make up which configuration and split."""
+    cells: dict[str, set[str]] = {}
+    for path in folder.glob(f"*/*-of-*.{FORMATS[identity['format']]}"):
+        cells.setdefault(path.parent.name, set()).add(path.name.split("-")[0])
+    lines = ["---", "configs:"]
+    for length in sorted(cells, key=parse_tokens):
+        lines += [f'- config_name: "{length}"', "  data_files:"]
+        for task in sorted(cells[length], key=lambda name: (len(name), name)):
+            lines += [f"  - split: {task}", f'    path: "{length}/{task}-*"']
+    counted = f"{identity['reserved_tokens']} tokens less than the name says"
+    lines += [
+        "---",
+        "",
+        "# Long-context questions",
+        "",
+        "Facts hidden in background text, made with `lrmt data build`. Configuration = length, split = task. The input has",
+        f"{counted}, facts and background together; 0k is facts alone.",
+        "",
+        *(f"- {name}: {value}" for name, value in identity.items()),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def parse_tokens(length: str) -> int:
+    """Tokens in a length: "4k" is 4000, "1M" a million, a plain number itself, "0k" none."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmM]?)", length)
+    if match is None:
+        raise UsageError(f"--lengths takes 0k (facts alone) or tokens (4k, 1M, 1500); got {length!r}")
+    return round(float(match[1]) * {"": 1, "k": 1_000, "m": 1_000_000}[match[2].lower()])
+
+
+def spell_length(length: str) -> str:
+    """The name of a length's configuration: 4000 is 4k, 1000k is 1M."""
+    tokens = parse_tokens(length)
+    if tokens and tokens % 1_000_000 == 0:
+        return f"{tokens // 1_000_000}M"
+    return str(tokens) if tokens % 1000 else f"{tokens // 1000}k"
+
+
+def load_tokenizer(name: str):
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"--tokenizer {name} cannot be loaded ({one_line(error)}); name a folder or a Hub id"
+        ) from None

@@ -1,0 +1,159 @@
+"""The grid on the tiny backbone: every baseline, depths, failed cells, early stops, ranks, and the files that others read."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lrmt.cli import main
+from lrmt.evaluation import run
+from lrmt.evaluation.rescore import score_folder
+from lrmt.models import RmtForCausalLM
+from lrmt.training.checkpoint import save_adapter
+
+ROOT = Path(__file__).parents[2]
+TINY = ROOT / "lrmt" / "assets" / "tiny-llama"
+SEGMENT = 80
+LOCAL = ["backbone", "full", "sliding_window", "xl", "rag"]
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    """A memory that was never trained over a backbone that reads: right where everything stands in one segment."""
+    folder = tmp_path_factory.mktemp("grid") / "adapter"
+    torch.manual_seed(0)
+    rmt = RmtForCausalLM.from_backbone(
+        AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32), num_memory_tokens=2, segment_length=SEGMENT
+    )
+    lora = LoraConfig(r=2, target_modules="all-linear", modules_to_save=["memory_embedding"], task_type="CAUSAL_LM")
+    save_adapter(get_peft_model(rmt, lora), folder, AutoTokenizer.from_pretrained(TINY))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LRMT_CACHE", str(tmp_path / "cache"))
+
+
+def evaluate(adapter, output_dir, flags):
+    assert main(["evaluate", "--adapter_path", str(adapter), "--output_dir", str(output_dir), *flags.split()]) == 0
+    return json.loads((output_dir / "results.json").read_text())
+
+
+def accuracies(records, *keys):
+    return {tuple(record[key] for key in keys): record["accuracy"] for record in records}
+
+
+def test_every_local_baseline_and_what_it_can_see(adapter, tmp_path):
+    flags = f"--task passkey --lengths 3 --num_samples 6 --depths 0 1 --baseline {' '.join(LOCAL)}"
+    found = accuracies(evaluate(adapter, tmp_path / "out", flags), "model", "depth")
+    assert found.keys() == {(name, depth) for name in ("rmt", *LOCAL) for depth in (0.0, 1.0)}
+    for name in LOCAL:  # at the end of the text everybody sees the key
+        assert found[name, 1.0] >= 4 / 6, name
+    for name in ("backbone", "sliding_window", "xl"):  # at its beginning, three segments back, it is out of sight
+        assert found[name, 0.0] == 0, name
+    assert found["full", 0.0] >= 4 / 6 and found["rag", 0.0] >= 4 / 6
+    assert (tmp_path / "out" / "depths.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_cached_segment_reaches_one_segment_further_back(adapter, tmp_path):
+    """The key is at the top of two segments: the second sees the first only if the first is cached."""
+    flags = "--task passkey --lengths 2 --num_samples 6 --depths 0 --baseline sliding_window xl"
+    found = accuracies(evaluate(adapter, tmp_path / "out", flags), "model")
+    assert found["sliding_window",] == 0 and found["xl",] >= 4 / 6
+
+
+def test_facts_alone_and_predictions_that_score_the_same(adapter, tmp_path, capsys):
+    flags = "--task qa1 qa2 --lengths 0k 2 --num_samples 12 --baseline backbone rag"
+    records = evaluate(adapter, tmp_path / "out", flags)
+    assert {(r["length_tokens"], r["segments"]) for r in records} == {(0, 0), (2 * SEGMENT, 2)}
+    rescored = [r for r in score_folder(tmp_path / "out" / "babilong_evals") if r["rule"] == "official"]
+    assert {r["model"] for r in rescored} == {"adapter/rmt", "adapter/backbone", "adapter/rag"}
+    expected = {(f"adapter/{m}", t, n): a for (m, t, n), a in accuracies(records, "model", "task", "length_tokens").items()}
+    assert accuracies(rescored, "model", "task", "length_tokens") == expected
+    assert len(set(expected.values())) > 2  # neither all right nor all wrong
+
+
+def test_a_baseline_may_join_later_and_finished_cells_are_kept(adapter, tmp_path, monkeypatch):
+    measured = []
+    measure = run.measure_cell
+
+    def watch(contenders, *arguments, **named):
+        measured.append([contender.name for contender in contenders])
+        return measure(contenders, *arguments, **named)
+
+    monkeypatch.setattr(run, "measure_cell", watch)
+    flags = "--task passkey --lengths 1 2 --num_samples 4 --baseline backbone"
+    first = evaluate(adapter, tmp_path / "out", flags)
+    assert measured == [["rmt", "backbone"]] * 2
+    measured.clear()
+    assert evaluate(adapter, tmp_path / "out", f"{flags} rag")[: len(first)] == first
+    assert measured == [["rag"]] * 2
+    with pytest.raises(SystemExit):  # other passages are another measurement
+        evaluate(adapter, tmp_path / "out", f"{flags} rag --rag_top_k 3")
+
+
+def test_hopeless_models_are_not_asked_longer_texts(adapter, tmp_path):
+    flags = "--task passkey --lengths 1 3 4 --num_samples 10 --depths 0 --baseline backbone full --stop_below 0.5"
+    found = accuracies(evaluate(adapter, tmp_path / "out", flags), "model", "segments")
+    assert found["backbone", 1] >= 0.8 and found["backbone", 3] == 0
+    assert ("backbone", 4) not in found and found["full", 4] >= 0  # of whom there was hope still
+
+
+class Endpoint:
+    """Fails while `down`."""
+
+    name, down, failure_text = "stub", True, "no answer within 1 second"
+
+    def __init__(self, settings, tokenizer):
+        self.endpoint = self
+
+    def prompt(self, example):
+        return "What is the pass key?"
+
+    def estimate_cost(self, prompts, max_new_tokens, *prices):
+        return f"{sum(count for _, count in prompts)} requests"
+
+    def answer(self, examples, tokenizer, max_new_tokens, device="cpu"):
+        return [None if self.down else example.target for example in examples]
+
+    def failure(self):
+        return self.failure_text if self.down else None
+
+
+def test_a_cell_that_failed_is_marked_and_measured_again(adapter, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "build_endpoint_contender", Endpoint)
+    flags = "--task passkey --lengths 1 2 --num_samples 4 --baseline backbone api --api_model stub"
+    monkeypatch.setattr(Endpoint, "down", True)
+    records = evaluate(adapter, tmp_path / "out", flags)
+    out = capsys.readouterr().out
+    assert "stub: 8 requests" in out and "stub failed on passkey, 1 segments: no answer within 1 second" in out
+    failed = [r for r in records if r["model"] == "stub"]
+    assert [r["accuracy"] for r in failed] == [None, None] and all(r["error"] for r in failed)
+    assert all(r["accuracy"] is not None for r in records if r["model"] != "stub")
+    assert (tmp_path / "out" / "heatmap.png").exists()
+    monkeypatch.setattr(Endpoint, "down", False)
+    again = evaluate(adapter, tmp_path / "out", flags)
+    assert [r for r in again if r["model"] != "stub"] == [r for r in records if r["model"] != "stub"]
+    assert [r["accuracy"] for r in again if r["model"] == "stub"] == [1.0, 1.0]
+
+
+@pytest.mark.distributed
+def test_two_processes_give_what_one_gives(adapter, tmp_path):
+    flags = "--task qa1 passkey --lengths 1 2 --num_samples 10 --batch_size 3 --baseline backbone rag"
+    alone = evaluate(adapter, tmp_path / "one", flags)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "lrmt.cli"]
+    command += ["evaluate", "--adapter_path", str(adapter), "--output_dir", str(tmp_path / "two"), *flags.split()]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("results.json") == 1
+    assert json.loads((tmp_path / "two" / "results.json").read_text()) == alone
+    one, two = (sorted((tmp_path / name / "babilong_evals").rglob("*.csv")) for name in ("one", "two"))
+    assert len(one) == 6 and [p.read_text() for p in one] == [p.read_text() for p in two]
