@@ -19,8 +19,9 @@ def fears(task: str, rng: random.Random, words: Words) -> Iterator[BabiSample]:
     feared: dict[str, tuple[str, int]] = {}  # species -> (its enemy, statement)
     kind: dict[str, tuple[str, int]] = {}  # person -> (species, statement)
     while len(feared) + len(kind) < 8:  # whatever is told already, or of a species not yet told, is drawn again
-        subject, other = pick(rng, [*people, *species]), pick(rng, species)
-        if subject in feared or subject in kind or subject == other:
+        subject = pick(rng, [*people, *species])
+        other = pick(rng, [name for name in species if name != subject])
+        if subject in feared or subject in kind:
             continue
         if subject in species:
             feared[subject] = (other, len(facts))

@@ -98,7 +98,7 @@ def timed_story(task: str, rng: random.Random, words: Words) -> Iterator[BabiSam
     facts: list[str] = []
     rooms: dict[str, list[str]] = {person: [] for person in words.people}  # by time
     line: dict[tuple[str, int], int] = {}  # (person, time) -> statement
-    events: list[str] = []
+    moves: list[tuple[str, int]] = []  # as they happened
     while True:
         block: list[tuple[str, int]] = []
         while not block or max(map(len, rooms.values())) < 2:
@@ -106,6 +106,7 @@ def timed_story(task: str, rng: random.Random, words: Words) -> Iterator[BabiSam
                 person = pick(rng, [person for person, told in rooms.items() if len(told) < len(TIMES)])
                 rooms[person].append(pick(rng, [room for room in words.rooms if room not in rooms[person][-1:]]))
                 block.append((person, len(rooms[person]) - 1))
+        moves += block
         for i in range(len(block) - 1, 0, -1):  # a cyclic shuffle, as in the files: two always change places
             j = rng.randrange(i)
             block[i], block[j] = block[j], block[i]
@@ -113,10 +114,8 @@ def timed_story(task: str, rng: random.Random, words: Words) -> Iterator[BabiSam
             line[person, time] = len(facts)
             when, move = TIMES[time], f"{person} {pick(rng, GO)} the {rooms[person][time]}"
             facts.append(f"{when.capitalize()} {move}." if rng.random() < 0.5 else f"{move} {when}.")
-            events.append(person)
-        window = [person for person in events[-WINDOW:] if len(rooms[person]) > 1]
-        person = pick(rng, window)
-        room = rooms[person][rng.randrange(1, len(rooms[person]))]
+        person, time = pick(rng, [(person, time) for person, time in moves[-WINDOW:] if time > 0])
+        room = rooms[person][time]
         time = max(time for time, told in enumerate(rooms[person]) if told == room)
         support = (line[person, time], line[person, time - 1])
         yield BabiSample(tuple(facts), f"Where was {person} before the {room}? ", rooms[person][time - 1], support)

@@ -9,7 +9,11 @@ from lrmt.tasks.babi.vocabulary import DROP, GET, GIVE, GO, NUMBERS, Words
 WINDOW = 5  # a question is about one of the last five events
 _DROP_THERE = 0.2
 _GET_THERE = {"qa3": 0.2}  # always in the other tasks
-_GIVE_WEIGHT = {"qa5": 3.6, "qa7": 3.9}  # relative to the other actions, fitted to their shares in the files
+# fitted to the shares of the files: the weight of giving relative to the other actions, and what it is right after
+# another gift, when only the receiver gives, that very object, and seldom to a third person
+_GIVE_WEIGHT = {"qa5": 3.6, "qa7": 3.9}
+_GIVE_ON = 4.1
+_GIVE_THIRD = 1 / 6
 
 Asked = tuple[str, str, tuple[int, ...]]  # question, answer, support
 
@@ -48,10 +52,9 @@ class _World:
         self.rng, self.random = rng, rng.random
         self.people, self.rooms = tuple(words.people), words.rooms
         self.actions = {"qa1": (self._move,)}.get(task, (self._move, self._get, self._drop))
-        self.weight = len(self.actions)
+        self.give_weight = _GIVE_WEIGHT.get(task, 1.0)
         if task in _GIVE_WEIGHT:
             self.actions += (self._give,)
-            self.weight += _GIVE_WEIGHT[task]
         self.ask = getattr(self, f"_ask_{task}")
         self.get_there = _GET_THERE.get(task, 1.0)
         self.facts: list[str] = []
@@ -71,10 +74,11 @@ class _World:
 
     def tell(self) -> None:
         """Append one statement; whatever is impossible is drawn again from the person on."""
+        weight = _GIVE_ON if self._gift_before() else self.give_weight
         while True:
             person = self._pick(self.people)
-            # each action has weight 1, and the last of them the rest
-            action = min(int(self.random() * self.weight), len(self.actions) - 1)
+            # each action has weight 1, but the last of them, which is to give, its own
+            action = min(int(self.random() * (len(self.actions) - 1 + weight)), len(self.actions) - 1)
             if self.actions[action](person):
                 return
 
@@ -118,12 +122,24 @@ class _World:
         there = " there" if self.random() < _DROP_THERE else ""
         return self._append("drop", person, thing, None, f"{person} {self._pick(DROP)} the {thing}{there}.")
 
+    def _gift_before(self) -> str | None:
+        """The object that the last statement gave away, if it did."""
+        return self.events[-1][2] if self.events and self.events[-1][0] == "give" else None
+
     def _give(self, person: str) -> bool:
         held = self._held(person)
         others = [other for other in self.people if other != person and self.room[other] == self.room[person]]
         if not held or not others:
             return False
-        thing, receiver = self._pick(held), self._pick(others)
+        before = self._gift_before()
+        if before is None:
+            thing, receiver = self._pick(held), self._pick(others)
+        elif before in held:
+            thing, receiver, giver = before, self._pick(others), self.last_gift[before][1]
+            if receiver != giver and self.random() > _GIVE_THIRD:
+                receiver = giver
+        else:
+            return False
         self.place[thing], self.carried[thing] = receiver, []
         self.last_gift[thing] = (len(self.facts), person, receiver)
         self.lines[receiver].setdefault(thing, []).append(len(self.facts))
