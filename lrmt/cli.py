@@ -119,7 +119,7 @@ def add_evaluate(commands):
         metavar="NAME",
         help="train, validation or test (default: test; of a --babi_dir without test files, its validation files)",
     )
-    add("--babi_dir", metavar="DIR", help="official bAbI files (qa1_test.txt, …); without it qa1-qa3 are simulated")
+    add("--babi_dir", metavar="DIR", help="official bAbI files (qa1_test.txt, …); without it stories are simulated")
     add("--background_dir", metavar="DIR", help="books (.txt) to hide the facts in; without it built-in prose")
     add("--num_digits", type=int, default=5, metavar="N", help="of a pass key, as in training (default: 5)")
     add(

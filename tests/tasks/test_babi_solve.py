@@ -71,6 +71,7 @@ def moves(*names_and_rooms):
 
 
 CARRIED = [*moves("Mary office"), "Mary got the milk there.", "Mary left the milk.", *moves("Mary garden")]
+AGAIN = ["Mary got the apple there.", "Mary took the milk there."]
 HANDED = ["Bill got the milk there.", "Bill gave the milk to Mary.", "Mary passed the milk to Bill."]
 LINE = ["The kitchen is west of the hallway.", "The office is east of the hallway."]
 SWANS = ["Lily is a swan.", "Greg is a swan.", "Greg is white.", "Lily is green.", "Brian is a swan."]
@@ -98,7 +99,13 @@ CORNER = ["The red sphere is to the right of the box.", "The box is below the bi
         ("qa6", [*moves("Mary office"), "Mary got the milk there."], "Is Mary in the garden? ", "no", (0,)),
         ("qa7", HANDED, "How many objects is Bill carrying? ", "one", (0, 1, 2)),
         ("qa7", HANDED, "How many objects is Mary carrying? ", "none", (1, 2)),
-        ("qa8", [*CARRIED, "Mary got the apple there.", "Mary took the milk there."], "What is Mary carrying? ", "milk,apple", (1, 2, 5, 4)),
+        (
+            "qa8",
+            [*CARRIED, "Mary got the apple there.", "Mary took the milk there."],
+            "What is Mary carrying? ",
+            "milk,apple",
+            (1, 2, 5, 4),
+        ),
         ("qa9", [*moves("Mary office"), "Mary is not in the office."], "Is Mary in the office? ", "no", (1,)),
         ("qa10", ["Bill is either in the park or the office."], "Is Bill in the office? ", "maybe", (0,)),
         ("qa11", [*moves("Mary office"), "Then she went to the garden."], "Where is Mary? ", "garden", (0, 1)),

@@ -25,7 +25,7 @@ Told = list[dict[str, str]]  # a sentence: its kind under "is", and what stands 
 
 _WHEREABOUTS = ("go", "be", "not", "either")  # sentences that tell where a person is
 _PARTS = {
-    "NAME": [r"\w+"],
+    "NAME": [r"[\w-]+"],
     "THING": [r"[\w-]+(?: [\w-]+)*?"],  # one or more words, as few as possible
     "GO": GO,
     "GET": GET,

@@ -70,6 +70,9 @@ _OF_TASK = {
 _FEWEST = {"people": 2, "rooms": 2, "objects": 1, "species": 2, "colours": 2, "shapes": 3, "containers": 2, "moods": 1}
 _FEWEST_OF_TASK = {
     "qa4": {"rooms": 3},
+    "qa12": {"rooms": 3},
+    "qa13": {"rooms": 3},
+    "qa14": {"people": 3},
     "qa15": {"people": 4, "species": 4},
     "qa16": {"people": 5},
     "qa19": {"rooms": 6},
