@@ -185,7 +185,7 @@ def add_evaluate(commands):
         metavar="NAME",
         help="train, validation or test (default: test; of a --babi_dir without test files, its validation files)",
     )
-    add("--babi_dir", metavar="DIR", help="official bAbI files (qa1_test.txt, …); without it qa1-qa3 are simulated")
+    add("--babi_dir", metavar="DIR", help="official bAbI files (qa1_test.txt, …); without it stories are simulated")
     add("--background_dir", metavar="DIR", help="books (.txt) to hide the facts in; without it built-in prose")
     add("--background_dataset", metavar="NAME", help="books from a data set with column text instead, as a Hub id")
     add("--passkey_wording", default="landmark", metavar="NAME", help="landmark, longlora or infinitebench")

@@ -94,7 +94,6 @@ TRAIN = [  # command line, what the line says: flag, value, remedy
     ("--load_in_8bit true", ["--load_in_8bit", "True", "--load_in_4bit"]),
     ("--dtype int8", ["--dtype", "int8", "bfloat16"]),
     ("--task passkeys", ["--task", "passkeys", "did you mean passkey"]),
-    ("--task qa7", ["qa7", "--babi_dir"]),
     ("--task qa1 --babi_dir nowhere", ["--babi_dir", "nowhere", "not a folder"]),
     ("--task qa1 --babi_dir empty_folder", ["--babi_dir", "empty_folder", "qa1_train.txt"]),
     ("--task qa2 --babi_dir babi", ["--babi_dir", "babi", "qa2_train.txt", "it holds: qa1_train.txt"]),

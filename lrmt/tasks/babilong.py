@@ -12,7 +12,6 @@ from lrmt.tasks.background import Background
 from lrmt.tasks.base import derive_seed, epoch_order, hold_out
 from lrmt.tasks.haystack import HaystackTask
 
-_SIMULATED_ANSWERS = {"qa1": babi.ROOMS, "qa2": babi.ROOMS, "qa3": babi.ROOMS}
 _MAX_STORIES = 10_000  # simulated stories tried before a length counts as too short
 
 
@@ -24,7 +23,7 @@ class BabilongTask(HaystackTask):
     Train draws a fresh permutation for each epoch; validation and test keep file order, so index i is the i-th sample
     that fits. Test is qaN_test.txt; in a folder without it qaN_valid.txt is, and validation is then the last tenth of
     qaN_train.txt, which training leaves out: what selects a model is never what is reported. Without `babi_dir` each
-    index simulates its own story (qa1-qa3).
+    index simulates its own story.
     Raises UsageError for bad options, missing files, an answer that is no label of the task, or a question and answer
     longer than `segment_length`.
     """
@@ -45,10 +44,8 @@ class BabilongTask(HaystackTask):
         self.max_n_facts = max_n_facts
         self._fitting: dict[tuple[int, bool], np.ndarray] = {}  # length, whole -> indices of the samples that fit
         if babi_dir is None:
-            # one story checks that the task can be simulated, and shows a question
-            first = babi.simulate(name, 1, 0)[0]
             self.samples = None
-            answers, questions = _SIMULATED_ANSWERS[name], [first.question]
+            answers, questions = babi.answers(name), {s.question for s in babi.simulate(name, 50, 0)}
         else:
             self.samples = _read_split(Path(babi_dir), name, self.split)
             if max_n_facts is not None:
@@ -89,8 +86,7 @@ class BabilongTask(HaystackTask):
         """The question of the first simulated story that fits; each index has its own stories."""
         rng = random.Random(derive_seed("story", self.seed, self.split, self.name, length, index))
         for _ in range(_MAX_STORIES):
-            number = rng.randint(1, babi.QUESTIONS_PER_STORY)
-            sample = babi.simulate_story(self.name, rng, num_questions=number)[-1]
+            sample = babi.simulate_question(self.name, rng)
             few_enough = self.max_n_facts is None or len(sample.facts) <= self.max_n_facts
             if few_enough and (not length or self.size(sample, whole) <= length):
                 return sample

@@ -188,7 +188,18 @@ def test_an_answer_ends_at_the_end_of_sequence():
 
 @pytest.mark.parametrize(
     ("text", "segments"),
-    [("1", 1), ("32", 32), ("1k", 1), ("4k", 7), ("4K", 7), ("1M", 1953), ("0.5M", 976), ("1.5k", 2), ("512k", 1000), ("0k", 0)],
+    [
+        ("1", 1),
+        ("32", 32),
+        ("1k", 1),
+        ("4k", 7),
+        ("4K", 7),
+        ("1M", 1953),
+        ("0.5M", 976),
+        ("1.5k", 2),
+        ("512k", 1000),
+        ("0k", 0),
+    ],
 )
 def test_lengths_are_segments_or_tokens_rounded_down(text, segments):
     assert parse_length(text, 512) == segments

@@ -75,7 +75,9 @@ def test_facts_alone_and_predictions_that_score_the_same(adapter, tmp_path, caps
     assert {(r["length_tokens"], r["segments"]) for r in records} == {(0, 0), (2 * SEGMENT, 2)}
     rescored = [r for r in score_folder(tmp_path / "out" / "babilong_evals") if r["rule"] == "official"]
     assert {r["model"] for r in rescored} == {"adapter/rmt", "adapter/backbone", "adapter/rag"}
-    expected = {(f"adapter/{m}", t, n): a for (m, t, n), a in accuracies(records, "model", "task", "length_tokens").items()}
+    expected = {
+        (f"adapter/{m}", t, n): a for (m, t, n), a in accuracies(records, "model", "task", "length_tokens").items()
+    }
     assert accuracies(rescored, "model", "task", "length_tokens") == expected
     assert len(set(expected.values())) > 2  # neither all right nor all wrong
 
