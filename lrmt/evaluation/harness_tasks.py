@@ -95,7 +95,9 @@ def override(name, original, length, tokenizer, data_dir, answer) -> dict:
 def parse_tokens(length: str) -> int:
     match = re.fullmatch(r"(\d+)([kK]?)", str(length))
     if match is None:
-        raise UsageError(f"--lengths of the harness' tasks are tokens (4096, 4k), of babilong 0k, 4k, 1M; got {length!r}")
+        raise UsageError(
+            f"--lengths of the harness' tasks are tokens (4096, 4k), of babilong 0k, 4k, 1M; got {length!r}"
+        )
     return int(match[1]) * (1024 if match[2] else 1)
 
 

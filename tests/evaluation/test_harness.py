@@ -1,13 +1,16 @@
 """lm-evaluation-harness on the tiny LLaMA under an untrained memory: right within a segment, lost beyond."""
 
-import importlib.metadata
 import json
 import sys
+from configparser import ConfigParser
+from functools import partial
+from importlib.metadata import EntryPoint
+from pathlib import Path
 
+import lm_eval.tasks
 import pytest
 import torch
 from lm_eval.api.instance import Instance
-from lm_eval.models.huggingface import HFLM
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -25,6 +28,8 @@ from lrmt.tasks.babi import simulate
 from lrmt.training.backbone import resolve_backbone
 from lrmt.training.checkpoint import save_adapter
 
+ROOT = Path(__file__).parents[2]
+BABILONG = Path(lm_eval.tasks.__file__).parent / "babilong"
 SEGMENT = 96
 ROWS = 24
 
@@ -104,25 +109,25 @@ def test_public_prompt_and_num_samples(adapter, data, tmp_path):
 
 
 def test_needle_task_generated_by_the_harness(adapter, tmp_path, monkeypatch):
-    seen = []
-    generate = HarnessModel._generate
+    seen, generate = [], RmtForCausalLM.generate
 
-    def record(self, texts, arguments):
-        seen.extend(len(self.tok_encode(text)) for text in texts)
-        return generate(self, texts, {**arguments, "max_gen_toks": 12})
+    def record(self, **arguments):
+        seen.extend(arguments["attention_mask"].sum(1).tolist())
+        return generate(self, **{**arguments, "max_new_tokens": 12})
 
-    monkeypatch.setattr(HarnessModel, "_generate", record)
-    lengths = {"max_seq_lengths": ("512", "2k"), "num_samples": 3, "output_dir": str(tmp_path)}
-    records = run_harness(str(adapter), ["niah_single_1"], **lengths)
+    monkeypatch.setattr(RmtForCausalLM, "generate", record)
+    monkeypatch.setattr("nltk.download", lambda name: None)  # sentences are split for essays only
+    flags = {"num_samples": 3, "output_dir": str(tmp_path)}
+    records = run_harness(str(adapter), ["niah_single_1"], max_seq_lengths=("512", "1400"), **flags)
     assert [(r["task"], r["n"]) for r in records] == [("niah_single_1", 3)] * 2
     assert [r["segments"] for r in records] == [-(-r["length_tokens"] // SEGMENT) for r in records]
     assert max(seen[:3]) < 512 < 1024 < min(seen[3:])  # the window of the backbone is 1024 tokens
     found = predictions_of(tmp_path)
-    assert [row["length"] for row in found] == ["512"] * 3 + ["2k"] * 3
+    assert [row["length"] for row in found] == ["512"] * 3 + ["1400"] * 3
     assert {len(row["target"][0]) for row in found} == {7}
-    # the same numbers again, whatever ran before
-    run_harness(str(adapter), ["niah_single_1"], overwrite=True, **lengths)
-    assert [row["target"] for row in predictions_of(tmp_path)] == [row["target"] for row in found]
+    # the same numbers again, whatever else was drawn before
+    run_harness(str(adapter), ["niah_single_1"], max_seq_lengths=("512",), overwrite=True, **flags)
+    assert [row["target"] for row in predictions_of(tmp_path)] == [row["target"] for row in found[:3]]
 
 
 def test_needle_task_from_local_files(adapter, tmp_path):
@@ -151,7 +156,10 @@ def test_answers_do_not_depend_on_the_batch_and_stop(model):
 
 
 def test_likelihoods_are_those_of_the_text_alone(model):
-    pairs = [("Mary went to the garden. Where is Mary?", " garden"), ("John moved to the office. " * 20, " Where is John?")]
+    pairs = [
+        ("Mary went to the garden. Where is Mary?", " garden"),
+        ("John moved to the office." * 20, " Where is John?"),
+    ]
     pairs += [(pairs[0][0], " office"), ("", "The sky is blue.")]
     found = ask(model, "loglikelihood", *pairs)
     for (context, continuation), (likelihood, greedy) in zip(pairs, found, strict=True):
@@ -168,9 +176,7 @@ def test_likelihoods_are_those_of_the_text_alone(model):
     assert rolling[0] == pytest.approx(found[3][0], abs=1e-3)
 
 
-def test_nothing_is_cut_where_the_harness_own_model_cuts(model):
-    """1500 tokens under a window of 1024: the harness' HFLM would drop the first ones."""
-    assert HFLM._DEFAULT_MAX_LENGTH
+def test_the_first_word_of_a_text_longer_than_the_window_counts(model):
     text = "John moved to the office. " * 180
     ids = model.tok_encode(text + "Where is John?")
     assert len(ids) > model.model.config.backbone_config.max_position_embeddings
@@ -178,9 +184,14 @@ def test_nothing_is_cut_where_the_harness_own_model_cuts(model):
     assert begun[0][0] != begun[1][0]
 
 
+def test_entry_point_of_lm_eval():
+    setup = ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    name, value = setup["options.entry_points"]["lm_eval.models"].strip().split(" = ")
+    assert (name, EntryPoint(name, value, "lm_eval.models").load()) == ("lrmt", HarnessModel)
+
+
 def test_lm_eval_knows_the_model(adapter, data, tmp_path, monkeypatch, capsys):
-    points = importlib.metadata.entry_points(group="lm_eval.models")
-    assert [point.load() for point in points if point.name == "lrmt"] in ([HarnessModel], [])
     (tmp_path / "own.yaml").write_text(
         "task: own\ndataset_path: json\ntest_split: train\noutput_type: generate_until\n"
         f"dataset_kwargs: {{data_files: {data / 'rows.jsonl'}}}\n"
@@ -189,7 +200,7 @@ def test_lm_eval_knows_the_model(adapter, data, tmp_path, monkeypatch, capsys):
     )
     arguments = ["--model", "lrmt", "--model_args", f"pretrained={adapter}", "--tasks", str(tmp_path / "own.yaml")]
     monkeypatch.setattr(sys, "argv", ["lm_eval", *arguments, "--limit", "2", "--device", "cpu"])
-    monkeypatch.setattr("lm_eval.tasks.TaskIndex.build", staticmethod(lambda *arguments, **named: {}))
+    monkeypatch.setattr("lm_eval.tasks.manager.TaskIndex.build", lambda index, paths: {})  # all of them take long
     harness.main()
     assert "|own" in capsys.readouterr().out
 
@@ -210,8 +221,8 @@ def test_lm_eval_knows_the_model(adapter, data, tmp_path, monkeypatch, capsys):
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(adapter, data, monkeypatch, tasks, flags, message):
-    monkeypatch.setattr("lm_eval.tasks.TaskManager.__init__.__defaults__", (None, None, False, None))
-    monkeypatch.setattr(harness_tasks, "LONG_CONTEXT", ("babilong", "ruler"))
+    few = partial(lm_eval.tasks.TaskManager, include_defaults=False, include_path=[BABILONG])  # all of them take long
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", few)
     flags = {name: str(data) if value == "DATA" else value for name, value in flags.items()}
     with pytest.raises(UsageError) as caught:
         run_harness(str(adapter), tasks, **flags)
