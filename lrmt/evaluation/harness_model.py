@@ -44,7 +44,7 @@ class HarnessModel(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
         """Ids of a text, which begins with a space and without special tokens, as in training."""
-        text = string if string[:1].isspace() else self.prefix + string
+        text = self.prefix + string if string[:1].strip() else string
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:

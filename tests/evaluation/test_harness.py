@@ -92,6 +92,8 @@ def test_babilong_from_local_files_equals_lrmt_evaluate(adapter, data, tmp_path)
     examples = [task.example(index) for index in range(ROWS)]
     trained = build_contenders(lrmt.load(adapter))[0]
     outputs = [answer(trained, [e.prompt_ids], tokenizer, task.max_new_tokens)[0] for e in examples]
+    report = json.loads((tmp_path / "harness" / "harness.json").read_text())["default"]
+    assert report["configs"]["babilong_qa1"]["generation_kwargs"]["max_gen_toks"] == task.max_new_tokens
     found = predictions_of(tmp_path / "harness")
     assert [row["output"] for row in found] == outputs
     rule = [float(score(e.target, o, e.question, e.task, "contains")) for e, o in zip(examples, outputs, strict=True)]
@@ -172,8 +174,8 @@ def test_likelihoods_are_those_of_the_text_alone(model):
         assert greedy == bool((logits.argmax(-1) == targets).all())
     assert found[0][1] and not found[2][1]
     assert found[0][0] > found[2][0] + 1
-    rolling = ask(model, "loglikelihood_rolling", ("The sky is blue.",))
-    assert rolling[0] == pytest.approx(found[3][0], abs=1e-3)
+    rolling = ask(model, "loglikelihood_rolling", ("The sky is blue.",), ("",))
+    assert rolling == pytest.approx([found[3][0], 0.0], abs=1e-3)
 
 
 def test_the_first_word_of_a_text_longer_than_the_window_counts(model):
