@@ -1,0 +1,187 @@
+"""lm-evaluation-harness on an lrmt model: `lrmt evaluate --harness`, and `lm_eval` with the model `lrmt`."""
+
+import json
+import logging
+import random
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+
+from lrmt.errors import UsageError, exit_on_error, suggest
+from lrmt.evaluation.harness_tasks import find_tasks, load_task
+from lrmt.evaluation.results import build_record, format_table, to_json, write_whole
+from lrmt.evaluation.run import load_tokenizer, read_config, refuse_too_large_batches
+from lrmt.evaluation.settings import check_model_folder
+from lrmt.tasks.base import Pieces
+
+PROMPTS = ("trained", "public")
+
+
+def run_harness(
+    adapter_path: str,
+    tasks,
+    *,
+    max_seq_lengths=(),
+    num_samples: int | None = None,
+    batch_size: int = 8,
+    data_dir: str | None = None,
+    prompt: str = "trained",
+    output_dir: str | None = None,
+    overwrite: bool = False,
+    seed: int = 0,
+    **loading,
+) -> list[dict]:
+    """Runs tasks of lm-evaluation-harness, writes results.json, predictions.jsonl and harness.json, prints a table.
+
+    Args:
+        adapter_path: folder that training or merging wrote. tasks: names of the harness' tasks, groups or tags.
+        max_seq_lengths: as the tasks spell them, each a run of its own: "0k", "4k" of babilong_qa*; "4096" or "4k" (k = 1024)
+            of niah_* and others that count tokens. Default: the task's own.
+        num_samples: the first ones of each task (default: all). seed: of generated texts.
+        data_dir: local files instead of the Hub: LENGTH/TASK or TASK/LENGTH, .json, .jsonl or .parquet, as the public data
+            sets have them (data/qa1/4k.json, 4k/qa1-00000-of-00001.parquet); babilong_qa1 is qa1 there. Tasks without files
+            generate or load their own, but for babilong_qa*, where a missing file is an error.
+        prompt: of babilong_qa*. "trained": context and question as in training, and from local files an answer as long as
+            the longest target, so that accuracy is that of `lrmt evaluate --scoring contains` on the same rows. "public":
+            the harness' own instruction, two examples and 16 tokens.
+        output_dir: default ADAPTER_PATH/harness. loading: `load_in_4bit` and the reading settings of `lrmt.load`.
+
+    Returns:
+        The records of results.json (results.build_record), of tasks whose answers are right or wrong.
+
+    Raises:
+        UsageError: before the model is loaded and before anything is written.
+    """
+    require_harness()
+    check_model_folder(adapter_path)
+    folder = Path(output_dir) if output_dir else Path(adapter_path) / "harness"
+    check_arguments(tasks, num_samples, batch_size, data_dir, prompt, folder, overwrite)
+    quiet_harness()
+    config, tokenizer = read_config(adapter_path), load_tokenizer(adapter_path)
+    manager, names = find_tasks(tasks)
+    answer = Pieces(tokenizer).answer
+    loaded = {}
+    with tempfile.TemporaryDirectory() as overrides:
+        for length in max_seq_lengths or (None,):
+            random.seed(seed)
+            loaded[length] = [
+                load_task(
+                    manager,
+                    name,
+                    length,
+                    folder=Path(overrides),
+                    tokenizer=str(adapter_path),
+                    data_dir=data_dir,
+                    answer=answer if prompt == "trained" else None,
+                )
+                for name in names
+            ]
+
+    from lm_eval import simple_evaluate
+    from lm_eval.utils import handle_non_serializable, make_table
+
+    from lrmt.evaluation.harness_model import HarnessModel
+
+    model = HarnessModel(adapter_path, batch_size=batch_size, **loading)
+    records, predictions, reports = [], [], {}
+    for length, of_length in loaded.items():
+        with refuse_too_large_batches(batch_size):
+            report = simple_evaluate(
+                model, tasks=of_length, task_manager=manager, limit=num_samples, batch_size=batch_size
+            )
+        before = len(records)
+        for name, samples in report.pop("samples").items():
+            samples = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
+            predictions += [build_prediction(name, length, sample) for sample in samples]
+            if (right := count_right(samples)) is not None:
+                tokens = round(sum(count_tokens(sample, model, answer) for sample in samples) / len(samples))
+                segments = -(-tokens // config.segment_length)
+                records.append(build_record(config.model_type, name, tokens, segments, right, len(samples)))
+        reports[length or "default"] = report
+        if len(records) - before < len(of_length):  # metrics that are no accuracy are in the harness' own table only
+            print(make_table(report))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / "results.json", to_json(records))
+        write_whole(folder / "predictions.jsonl", "".join(json.dumps(row) + "\n" for row in predictions))
+        write_whole(folder / "harness.json", json.dumps(reports, indent=2, default=handle_non_serializable) + "\n")
+    except OSError as error:
+        raise UsageError(f"--output_dir {folder} cannot be written ({error.strerror}); name another") from None
+    if records:
+        print(f"\n{format_table(records)}\n")
+    print(f"results.json, predictions.jsonl and harness.json are in {folder}")
+    return records
+
+
+def require_harness():
+    if find_spec("lm_eval") is None:
+        raise UsageError("--harness needs lm-evaluation-harness, which is not installed: pip install lrmt[harness]")
+
+
+def check_arguments(tasks, num_samples, batch_size, data_dir, prompt, folder, overwrite):
+    if not tasks:
+        raise UsageError("--harness names no task; give one such as babilong_qa1 or niah_single_1")
+    for flag, value in (("num_samples", num_samples), ("batch_size", batch_size)):
+        if value is not None and value < 1:
+            raise UsageError(f"--{flag} must be at least 1; got {value}")
+    if data_dir is not None and not Path(data_dir).is_dir():
+        raise UsageError(f"--harness_data must be a folder; got {data_dir}")
+    if prompt not in PROMPTS:
+        got = f"{prompt!r}{suggest(prompt, PROMPTS)}"
+        raise UsageError(f"--harness_prompt must be one of {', '.join(PROMPTS)}; got {got}")
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--output_dir must be a folder; {folder} is a file")
+    if not overwrite and folder.is_dir() and any(folder.iterdir()):
+        raise UsageError(f"--output_dir {folder} is not empty; name another, or give --overwrite")
+
+
+def quiet_harness():
+    import datasets
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+
+
+def build_prediction(task: str, length: str | None, sample: dict) -> dict:
+    """One line of predictions.jsonl; `output` is a list where the harness asked several times."""
+    outputs = [responses[0] for responses in sample["resps"]]
+    return {
+        "task": task,
+        "length": length,
+        "doc_id": sample["doc_id"],
+        "target": sample["target"],
+        "output": outputs[0] if len(outputs) == 1 else outputs,
+        **{name: sample[name] for name in sample["metrics"]},
+    }
+
+
+def count_right(samples: list[dict]) -> int | None:
+    """How many answers are right; None where the task's metric is not right or wrong."""
+    metrics = samples[0]["metrics"]
+    # niah_* have a metric for each length, -1 but for that of the sample
+    metric = "acc" if "acc" in metrics else next((name for name in metrics if samples[0][name] != -1), None)
+    values = [sample.get(metric) for sample in samples]
+    return round(sum(values)) if all(value in (0, 1) for value in values) else None
+
+
+def count_tokens(sample: dict, model, answer) -> int:
+    """Tokens of prompt, answer and EOS, as `lrmt evaluate` counts them."""
+    target = sample["target"]
+    target = target[0] if isinstance(target, list) else target
+    return len(model.tok_encode(sample["arguments"][0][0])) + len(answer(str(target)))
+
+
+def main():
+    """`lm_eval` itself, which then knows the model `lrmt`."""
+    with exit_on_error():
+        require_harness()
+        from lm_eval.__main__ import cli_evaluate
+        from lm_eval.api.registry import model_registry
+
+        if "lrmt" not in model_registry:  # later versions find it by its entry point
+            model_registry.register("lrmt", target="lrmt.evaluation.harness_model:HarnessModel")
+        cli_evaluate()
+
+
+if __name__ == "__main__":
+    main()
