@@ -85,6 +85,10 @@ class TaskArguments(TrlScriptArguments):
         default=None,
         metadata={"help": "Folder of official bAbI files (qa1_train.txt, …); default: the built-in simulator."},
     )
+    babi_vocabulary: str | None = field(
+        default=None,
+        metadata={"help": "YAML or JSON file of other people, rooms, objects, … for simulated bAbI stories."},
+    )
     background_dir: str | None = field(
         default=None, metadata={"help": "Folder of .txt books that hide the facts; default: built-in procedural prose."}
     )

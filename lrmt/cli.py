@@ -4,8 +4,8 @@ import argparse
 import sys
 
 from lrmt import __version__
-from lrmt.errors import exit_on_error, suggest
-from lrmt.evaluation.settings import BASELINES, DEFAULT_BASELINES, EvaluationSettings, InspectionSettings
+from lrmt.errors import UsageError, exit_on_error, suggest
+from lrmt.evaluation.settings import BASELINES, DEFAULT_BASELINES, READING, EvaluationSettings, InspectionSettings
 
 EVALUATE = f"""\
 Accuracy by length with a 95 % confidence interval (Wilson), beside baselines measured in the same run (--baseline):
@@ -28,6 +28,7 @@ examples:
   lrmt evaluate --adapter_path runs/qa1 --task qa1 --babi_dir tasks_1-20_v1-2/en-valid-10k --num_samples 1000
   lrmt evaluate --adapter_path runs/qa1 --task qa1 qa2 qa3 --lengths 1 2 4 8 --baseline backbone sliding_window xl rag
   lrmt evaluate --adapter_path runs/passkey --task passkey --lengths 4 8 16 --depths 0 0.25 0.5 0.75 1
+  lrmt evaluate --adapter_path runs/qa1 --harness babilong_qa1 --lengths 0k 4k --harness_data data/babilong
   lrmt evaluate --adapter_path runs/mine --dataset_name questions.jsonl
   lrmt evaluate --adapter_path runs/books --task perplexity --text_path books --split validation --lengths 1 2 4 8
 """
@@ -186,6 +187,7 @@ def add_evaluate(commands):
         help="train, validation or test (default: test; of a --babi_dir without test files, its validation files)",
     )
     add("--babi_dir", metavar="DIR", help="official bAbI files (qa1_test.txt, …); without it stories are simulated")
+    add("--babi_vocabulary", metavar="FILE", help="YAML or JSON file of other people, rooms, … for simulated stories")
     add("--background_dir", metavar="DIR", help="books (.txt) to hide the facts in; without it built-in prose")
     add("--background_dataset", metavar="NAME", help="books from a data set with column text instead, as a Hub id")
     add("--passkey_wording", default="landmark", metavar="NAME", help="landmark, longlora or infinitebench")
@@ -201,6 +203,7 @@ def add_evaluate(commands):
     add("--no_load_in_4bit", dest="load_in_4bit", action="store_false", help="backbone in full (default: as trained)")
     add_reading(add)
     add_baselines(add)
+    add_harness(add)
     add(
         "--depths",
         nargs="+",
@@ -225,6 +228,21 @@ def add_evaluate(commands):
     add("--output_dir", metavar="DIR", help="default: ADAPTER_PATH/evaluation, or ADAPTER_PATH/perplexity")
     add("--overwrite", action="store_true", help="replace an evaluation of other settings in --output_dir")
     parser.set_defaults(run=evaluate)
+
+
+def add_harness(add):
+    add(
+        "--harness",
+        nargs="+",
+        metavar="NAME",
+        help="tasks of lm-evaluation-harness instead of --task: babilong_qa1, niah_single_1, …; --lengths are then theirs",
+    )
+    add("--harness_data", metavar="DIR", help="of --harness: local files instead of the Hub, LENGTH/qa1.jsonl")
+    add(
+        "--harness_prompt",
+        metavar="HOW",
+        help="of --harness babilong_*: trained (context, question) or public (the harness' own) (default: trained)",
+    )
 
 
 def add_baselines(add):
@@ -361,7 +379,8 @@ def add_generation(add):
     )
     add("--lengths", nargs="+", required=True, metavar="N", help="in tokens: 0k, 1k, 4k, 1M, 10M, 1500 (1k = 1000)")
     add("--tokenizer", metavar="NAME", help="that counts tokens: a folder or Hub id (default: that of the tiny LLaMA)")
-    add("--babi_dir", metavar="DIR", help="official bAbI files (qa1_test.txt, …); without it qa1-qa3 are simulated")
+    add("--babi_dir", metavar="DIR", help="official bAbI files (qa1_test.txt, …); without it stories are simulated")
+    add("--babi_vocabulary", metavar="FILE", help="YAML or JSON file of other people, rooms, … for simulated stories")
     add("--background_dir", metavar="PATH", help="books to hide the facts in: a folder of .txt, a .txt or .jsonl file")
     add(
         "--background_dataset",
@@ -386,6 +405,9 @@ def add_generation(add):
 
 
 def evaluate(options):
+    harness = {name: options.pop(name) for name in ("harness", "harness_data", "harness_prompt")}
+    if any(harness.values()):
+        return evaluate_harness(options, **harness)
     options.update({name: tuple(options[name]) for name in ("task", "lengths", "baseline", "depths")})
     settings = EvaluationSettings(**options)
     quiet_libraries()
@@ -397,6 +419,30 @@ def evaluate(options):
         from lrmt.evaluation.run import run_evaluation
 
         run_evaluation(settings)
+
+
+def evaluate_harness(options, harness, harness_data, harness_prompt):
+    others = [f"--{name}" for name in ("task", "dataset_name", "text_path", "depths") if options[name]]
+    if harness is None or others:
+        got = "--harness_data or --harness_prompt alone" if harness is None else f"{', '.join(others)} too"
+        raise UsageError(f"--harness NAME… stands alone, with --harness_data and --harness_prompt; got {got}")
+    quiet_libraries()
+    from lrmt.evaluation.harness import run_harness
+
+    reading = {name: options[name] for name in ("load_in_4bit", *READING) if options[name] is not None}
+    run_harness(
+        options["adapter_path"],
+        harness,
+        max_seq_lengths=options["lengths"],
+        num_samples=options["num_samples"],
+        batch_size=options["batch_size"],
+        data_dir=harness_data,
+        prompt=harness_prompt or "trained",
+        output_dir=options["output_dir"],
+        overwrite=options["overwrite"],
+        seed=options["seed"],
+        **reading,
+    )
 
 
 def inspect(options):

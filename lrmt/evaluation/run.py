@@ -122,7 +122,7 @@ def is_hopeless(records: list[dict], model: str, cell: Cell, threshold: float | 
 
 def keep_predictions(path, settings: EvaluationSettings, cell: Cell, answers: dict):
     """Writes the answers to a bAbI task as BABILong's leaderboard takes them, a file for each model that did not fail."""
-    if cell.task not in TASK_LABELS or cell.depth is not None:
+    if cell.task not in TASK_LABELS or cell.depth is not None or settings.babi_vocabulary:
         return
     run = Path(settings.adapter_path).resolve().name
     for name, given in answers.items():
@@ -193,6 +193,7 @@ def build_tasks(settings: EvaluationSettings, tokenizer, segment_length: int, de
             split=settings.split,
             seed=settings.seed,
             babi_dir=settings.babi_dir,
+            babi_vocabulary=settings.babi_vocabulary,
             background=background,
             background_dataset=None if background is not None else settings.background_dataset,
             segment_length=segment_length,

@@ -63,6 +63,7 @@ class EvaluationSettings:
     seed: int = 0
     split: str = "test"
     babi_dir: str | None = None
+    babi_vocabulary: str | None = None
     background_dir: str | None = None
     background_dataset: str | None = None
     num_digits: int = 5
@@ -110,6 +111,11 @@ class EvaluationSettings:
         if self.split not in SPLITS:
             got = f"{self.split!r}{suggest(self.split, SPLITS)}"
             raise UsageError(f"--split must be one of {', '.join(SPLITS)}; got {got}")
+        if self.babi_vocabulary is not None and self.scoring in ("official", "strict"):
+            raise UsageError(
+                f"--scoring {self.scoring} knows the labels of the bAbI files only, not those of --babi_vocabulary "
+                f"{self.babi_vocabulary}; give --scoring exact or contains"
+            )
         for flag in ("babi_dir", "background_dir"):
             folder = getattr(self, flag)
             if folder is not None and not Path(folder).is_dir():
@@ -231,6 +237,7 @@ class EvaluationSettings:
             "dataset_split": self.dataset_split,
             "text_path": fingerprint_text(self.text_path),
             "babi_dir": resolve(self.babi_dir),
+            "babi_vocabulary": fingerprint(self.babi_vocabulary),
             "background_dir": resolve(self.background_dir),
             "background_dataset": self.background_dataset,
             "num_digits": self.num_digits,

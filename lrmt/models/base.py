@@ -35,6 +35,8 @@ class LongContextConfig(PreTrainedConfig):
     sub_configs: ClassVar[dict] = {"backbone_config": AutoConfig}
     #: fields that say how a trained model reads, and may be changed when it is opened
     reading_settings: ClassVar[tuple[str, ...]] = ()
+    #: tokens by which training texts should differ in length, so that their ends meet every place of an attention block
+    length_slack = 0
 
     backbone_config: dict | PreTrainedConfig | None = None
     backbone_name: str | None = None

@@ -35,7 +35,7 @@ _HAYSTACK = "split seed segment_length question_position task_start_pct task_end
 
 
 def _babilong(name, tokenizer, options):
-    given = _only(options, f"{_HAYSTACK} babi_dir max_n_facts")
+    given = _only(options, f"{_HAYSTACK} babi_dir babi_vocabulary max_n_facts")
     return BabilongTask(name, tokenizer, _background(tokenizer, options), **given)
 
 
@@ -93,6 +93,7 @@ def build_task(
     split: str = "train",
     seed: int = 0,
     babi_dir: str | Path | None = None,
+    babi_vocabulary: str | Path | None = None,
     background: Background | str | Path | Sequence[str | Path] | None = None,
     background_dataset: str | None = None,
     segment_length: int | None = None,

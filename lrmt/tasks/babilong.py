@@ -23,7 +23,7 @@ class BabilongTask(HaystackTask):
     Train draws a fresh permutation for each epoch; validation and test keep file order, so index i is the i-th sample
     that fits. Test is qaN_test.txt; in a folder without it qaN_valid.txt is, and validation is then the last tenth of
     qaN_train.txt, which training leaves out: what selects a model is never what is reported. Without `babi_dir` each
-    index simulates its own story.
+    index simulates its own story, with the words of the file `babi_vocabulary` if one is given.
     Raises UsageError for bad options, missing files, an answer that is no label of the task, or a question and answer
     longer than `segment_length`.
     """
@@ -35,6 +35,7 @@ class BabilongTask(HaystackTask):
         background: Background,
         *,
         babi_dir: str | Path | None = None,
+        babi_vocabulary: str | Path | None = None,
         max_n_facts: int | None = None,
         **options,
     ):
@@ -43,9 +44,16 @@ class BabilongTask(HaystackTask):
             raise UsageError(f"--max_n_facts must be 1 or more, or left out; got {max_n_facts}")
         self.max_n_facts = max_n_facts
         self._fitting: dict[tuple[int, bool], np.ndarray] = {}  # length, whole -> indices of the samples that fit
+        if babi_dir is not None and babi_vocabulary is not None:
+            raise UsageError(
+                f"--babi_vocabulary is of simulated stories, and --babi_dir has its own; got {babi_vocabulary} and {babi_dir}. "
+                "Leave one out"
+            )
+        self.vocabulary = None if babi_vocabulary is None else babi.Vocabulary.load(babi_vocabulary)
         if babi_dir is None:
             self.samples = None
-            answers, questions = babi.answers(name), {s.question for s in babi.simulate(name, 50, 0)}
+            answers = babi.answers(name, self.vocabulary)
+            questions = {sample.question for sample in babi.simulate(name, 50, 0, self.vocabulary)}
         else:
             self.samples = _read_split(Path(babi_dir), name, self.split)
             if max_n_facts is not None:
@@ -86,7 +94,7 @@ class BabilongTask(HaystackTask):
         """The question of the first simulated story that fits; each index has its own stories."""
         rng = random.Random(derive_seed("story", self.seed, self.split, self.name, length, index))
         for _ in range(_MAX_STORIES):
-            sample = babi.simulate_question(self.name, rng)
+            sample = babi.simulate_question(self.name, rng, self.vocabulary)
             few_enough = self.max_n_facts is None or len(sample.facts) <= self.max_n_facts
             if few_enough and (not length or self.size(sample, whole) <= length):
                 return sample

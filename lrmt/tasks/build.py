@@ -39,6 +39,7 @@ class GenerationSettings:
     lengths: tuple[str, ...]
     tokenizer: str | None = None
     babi_dir: str | None = None
+    babi_vocabulary: str | None = None
     background_dir: str | None = None
     background_dataset: str | None = None
     repeat_background: bool = False
@@ -92,7 +93,16 @@ class GenerationSettings:
             background = ProceduralProse(tokenizer, seed=f"{self.seed}/{self.split}")
         if not self.repeat_background:
             background.reserve(longest)
-        options = ("split", "seed", "babi_dir", "max_n_facts", "task_start_pct", "task_end_pct", "depth")
+        options = (
+            "split",
+            "seed",
+            "babi_dir",
+            "babi_vocabulary",
+            "max_n_facts",
+            "task_start_pct",
+            "task_end_pct",
+            "depth",
+        )
         given = {name: getattr(self, name) for name in options}
         return {name: build_task(name, tokenizer, background=background, **given) for name in dict.fromkeys(self.task)}
 
@@ -284,6 +294,7 @@ def _identify(settings: BuildSettings, task: HaystackTask) -> dict:
     return kept | {
         "babi_dir": settings.babi_dir
         and digest(*(p.read_text() for p in sorted(Path(settings.babi_dir).glob("*.txt")))),
+        "babi_vocabulary": settings.babi_vocabulary and digest(Path(settings.babi_vocabulary).read_text()),
         "background": task.background.fingerprint,
         "tokenizer": fingerprint_tokenizer(task.pieces.tokenizer),
         "version": lrmt.__version__,

@@ -18,6 +18,7 @@ class Curriculum:
         promotion_accuracy: a stage ends early once held-out accuracy, 0..1, at its longest text reaches this. The last
             one has none to promote to: it ends at its limit, where its learning-rate schedule ends.
         vary_lengths: draw min_segments..n segments in stage n, else always n. seed: of those draws.
+        slack: tokens by which `vary_lengths` may cut a text short besides, so that it ends anywhere in a block of attention.
     """
 
     stages: list[int]
@@ -26,6 +27,7 @@ class Curriculum:
     vary_lengths: bool = True
     seed: int = 0
     min_segments: int = 1
+    slack: int = 0
     stage: int = 0
     stage_step: int = 0
     finished: bool = False
@@ -71,6 +73,13 @@ class Curriculum:
                 min(self.min_segments, self.segments), self.segments + 1
             )
         )
+
+    def draw_length(self, step: int, segment_length: int) -> int:
+        """How many tokens every rank's texts have at this global step."""
+        length = self.draw_segments(step) * segment_length
+        if self.vary_lengths and self.slack:
+            length -= int(np.random.default_rng([self.seed, step, self.stage, 1]).integers(self.slack + 1))
+        return length
 
     def advance(self) -> bool:
         """Counts one step; True when the stage's limit is reached and an evaluation must decide."""

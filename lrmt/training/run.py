@@ -81,6 +81,7 @@ def train(
     )
     length = config.segment_length
     config.check_training_length(max(curriculum.stages))
+    curriculum.slack = config.length_slack
     tokenizer = load_tokenizer(name, revision)
     tasks = {
         split: _build_task(task_args, tokenizer, split, length, training_args) for split in ("train", "validation")
@@ -88,9 +89,10 @@ def train(
     # texts that cannot be made show here, before anything is loaded or written
     shortest = min(curriculum.min_segments, curriculum.stages[0]) if curriculum.vary_lengths else curriculum.stages[0]
     longest = [(split, curriculum.stages[-1]) for split in tasks]  # which --text_path may be too short for
+    slack = curriculum.slack if curriculum.vary_lengths else 0
     for split, segments in [("train", shortest), ("validation", curriculum.stages[0]), *longest]:
         for task in getattr(tasks[split], "tasks", [tasks[split]]):
-            task.example(0, segments * length)
+            task.example(0, segments * length - (slack if split == "train" else 0))
     on_gpu = torch.cuda.is_available() and not training_args.use_cpu
     model = build_model(
         model_class,
@@ -136,6 +138,7 @@ def _build_task(task_args: TaskArguments, tokenizer, split: str, segment_length:
         seed=training_args.seed,
         segment_length=segment_length,
         babi_dir=task_args.babi_dir,
+        babi_vocabulary=task_args.babi_vocabulary,
         background=task_args.background_dir,
         background_dataset=task_args.background_dataset,
         num_digits=task_args.num_digits,
@@ -196,6 +199,7 @@ def _identity(
     task = as_dict(task_args)
     for name in (
         "babi_dir",
+        "babi_vocabulary",
         "background_dir",
         "background_dataset",
         "dataset_name",

@@ -86,7 +86,7 @@ class LongContextTrainer(Trainer):
             next(epoch_iterator)
         step = self.state.global_step
         self.model.get_base_model().noise_share = self.curriculum.progress
-        length = self.curriculum.draw_segments(step) * self._segment_length
+        length = self.curriculum.draw_length(step, self._segment_length)
         micro_batches = []
         for micro in range(num_batches):
             number = (step * num_batches + micro) * self.args.world_size + self.args.process_index

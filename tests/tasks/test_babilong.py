@@ -6,7 +6,7 @@ import pytest
 from scipy.stats import chisquare
 
 from lrmt.errors import UsageError
-from lrmt.tasks import babi
+from lrmt.tasks import babi, build_task
 from lrmt.tasks.babilong import BabilongTask
 from lrmt.tasks.background import Background, ProceduralProse
 
@@ -254,3 +254,14 @@ def test_early_facts_stand_before_the_last_segment(tokenizer, prose, position):
             yield len(tokenizer.encode(text[:end], add_special_tokens=False))
 
     assert max(last_fact(1.0)) <= 256 < max(last_fact(0.0))
+
+
+def test_other_words(tokenizer, tmp_path):
+    (tmp_path / "words.yaml").write_text("{people: {Ann: she, Bob: he}, rooms: [attic, cellar, pantry]}")
+    task = build_task("qa1", tokenizer, babi_vocabulary=tmp_path / "words.yaml")
+    examples = [task.example(index, 120) for index in range(40)]
+    assert {example.target for example in examples} == {"attic", "cellar", "pantry"}
+    assert {example.question for example in examples} == {"Where is Ann?", "Where is Bob?"}
+    (tmp_path / "qa1_train.txt").write_text("1 Mary went to the office.\n2 Where is Mary? \toffice\t1\n" * 20)
+    with pytest.raises(UsageError, match="--babi_vocabulary .* --babi_dir"):
+        build_task("qa1", tokenizer, babi_vocabulary=tmp_path / "words.yaml", babi_dir=tmp_path)

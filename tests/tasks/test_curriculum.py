@@ -133,3 +133,12 @@ def test_min_segments_is_the_shortest_text_drawn():
     assert {curriculum.draw_segments(step) for step in range(50)} == {3, 4}
     with pytest.raises(UsageError, match="--min_segments"):
         Curriculum(stages=[2], max_steps=[5], min_segments=0)
+
+
+def test_texts_are_cut_short_by_up_to_the_slack_where_lengths_vary():
+    varied, fixed = (build(stages=[2], max_steps=[5], vary_lengths=vary, slack=6) for vary in (True, False))
+    drawn = {varied.draw_length(step, 10) for step in range(400)}
+    assert drawn == {*range(4, 11), *range(14, 21)}
+    assert {fixed.draw_length(step, 10) for step in range(50)} == {20}
+    assert {build(stages=[2], max_steps=[5]).draw_length(step, 10) for step in range(50)} == {10, 20}
+    assert varied.draw_length(7, 10) == build(stages=[2], max_steps=[5], vary_lengths=True, slack=6).draw_length(7, 10)

@@ -88,6 +88,10 @@ class LandmarkConfig(LongContextConfig):
         return self.context_length + self.context_length // (self.block_length - 1)
 
     @property
+    def length_slack(self) -> int:
+        return self.block_length - 2
+
+    @property
     def chunk_length(self) -> int:
         """Positions read at once beyond the training context: whole blocks, and no position exceeds training."""
         return (self.max_positions // self.block_length - self.top_k - 2) * self.block_length
