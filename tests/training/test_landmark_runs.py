@@ -45,6 +45,14 @@ def test_lora_and_the_landmark_train(folder, backbones):
     assert json.loads((folder / "adapter_config.json").read_text())["modules_to_save"] == ["landmark_embedding"]
 
 
+def test_training_texts_end_anywhere_in_a_block(train, tmp_path):
+    """Of one length only, a landmark would never stand inside a question."""
+    trainer = train("--output_dir", tmp_path / "run", "--stage_max_steps", "1")
+    length = trainer.curriculum.draw_length
+    assert {length(step, 200) for step in range(200)} == set(range(200 - 14, 201))  # 15 tokens and a landmark a block
+    assert {trainer.curriculum.draw_segments(step) for step in range(200)} == {1}
+
+
 def test_a_frozen_mean_is_left_alone(train, tmp_path):
     train("--landmark_embedding", "frozen_mean", "--output_dir", tmp_path / "run")
     names = list(load_file(tmp_path / "run" / "adapter_model.safetensors"))
