@@ -1,7 +1,10 @@
 """`lrmt evaluate --baseline api` against a server that answers, refuses, dawdles or is dead (conftest.py)."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -143,6 +146,32 @@ def test_predictions_of_an_endpoint_say_how_it_was_asked(adapter, server, tmp_pa
         assert prompt == told["prompt"]["template"].format(**told["prompt"], context=context, question=question)
         assert question not in context  # it is told once
         assert context.startswith(("Mary", "John", "Sandra", "Daniel"))
+
+
+@pytest.mark.distributed
+def test_two_processes_share_what_is_asked_and_keep_all_of_it(adapter, server, tmp_path):
+    flags = "--task passkey --lengths 1 --num_samples 9 --batch_size 2 --api_model stub --api_concurrency 4"
+    lost = []
+
+    def script(prompt):
+        if len(server.requests) == 4:
+            lost.append(prompt)
+        return "400" if prompt in lost else "ok"
+
+    server.script = script
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "lrmt.cli"]
+    command += ["evaluate", "--adapter_path", str(adapter), "--output_dir", str(tmp_path / "out"), "--baseline", "api"]
+    environment = os.environ | {"PYTHONPATH": str(TINY.parents[2]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, *flags.split()], capture_output=True, text=True, timeout=300, env=environment, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "stub failed on passkey, 1 segments: Error code: 400" in done.stdout
+    assert len(server.requests) == 9 and server.most_in_flight <= 4
+    server.requests.clear()
+    server.script = lambda prompt: "ok"
+    (record,) = evaluate(adapter, tmp_path / "out", flags)
+    assert record["accuracy"] == 1.0 and len(server.requests) == len(set(lost))
 
 
 def test_damaged_answers_are_one_line(tmp_path):
