@@ -42,7 +42,7 @@ def run_harness(
             sets have them (data/qa1/4k.json, 4k/qa1-00000-of-00001.parquet); babilong_qa1 is qa1 there. Tasks without files
             generate or load their own, but for babilong_qa*, where a missing file is an error.
         prompt: of babilong_qa*. "trained": context and question as in training, and from local files an answer as long as
-            the longest target, so that accuracy is that of `lrmt evaluate --scoring contains` on the same rows. "public":
+            `lrmt evaluate` takes, so that accuracy is that of `lrmt evaluate --scoring contains` on the same rows. "public":
             the harness' own instruction, two examples and 16 tokens.
         output_dir: default ADAPTER_PATH/harness. loading: `load_in_4bit` and the reading settings of `lrmt.load`.
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lrmt.errors import UsageError, one_line, suggest
+from lrmt.evaluation.prompts import NEW_TOKENS
 from lrmt.tasks.dataset import COLUMNS
 
 SUFFIXES = (".json", ".jsonl", ".parquet")
@@ -87,7 +88,7 @@ def override(name, original, length, tokenizer, data_dir, answer) -> dict:
         split = original.cfg["test_split"]
         config["dataset_kwargs"] = {"files": files, "split": split}
         if as_trained:
-            longest = max(len(answer(target)) for target in read_columns(files, split)["target"])
+            longest = max(NEW_TOKENS, *(len(answer(target)) for target in read_columns(files, split)["target"]))
             config["generation_kwargs"] = original.cfg["generation_kwargs"] | {"max_gen_toks": longest}
     return config
 

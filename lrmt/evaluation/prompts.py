@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 TEMPLATE = "{instruction}\n\n{examples}\n\n{post_prompt}\n\n<context>\n{context}\n</context>\n\nQuestion: {question}"
 PARTS = ("instruction", "examples", "post_prompt")
+#: what every contender may say at least; a trained model stops by itself
+NEW_TOKENS = 20
 
 OPENING = "Somewhere in a long text there are short statements about {}. Ignore everything else in it."
 PLACE = "Reply with the name of one place and nothing else."
@@ -308,6 +310,11 @@ PROMPTS = {
         "Reply with one word, the place or the feeling.",
     ),
 }
+
+
+def count_new_tokens(task) -> int:
+    """How long an answer to a task (tasks.base.Task) may be, whoever gives it."""
+    return max(task.max_new_tokens, NEW_TOKENS)
 
 
 def prompt_parts(task: str, parts: Iterable[str] = PARTS) -> dict[str, str]:

@@ -13,31 +13,39 @@ class Retriever:
     """What of an example a backbone is shown: the `top_k` best passages of its context, and its question.
 
     Args:
-        window: tokens that may be shown; passages that do not fit any more are left out, the best ones stay.
+        window: tokens that the backbone sees, its answer included; passages that do not fit any more are left out, the best
+            ones stay.
         chunks: "sentences", or tokens per passage.
         order: "document" (bAbI needs time), or "similarity", best first.
         rank: `(passages, question) -> scores [n]`, higher is better; `bm25` or `embedding_ranker(model)`.
+
+    Calling it raises UsageError where question, answer and a single passage of `chunks` tokens do not fit.
     """
 
     def __init__(self, tokenizer, window: int, *, chunks="sentences", top_k=5, order="document", rank=None):
         self.tokenizer, self.pieces, self.window = tokenizer, Pieces(tokenizer), window
         self.chunks, self.top_k, self.order, self.rank = chunks, top_k, order, rank or bm25
 
-    def __call__(self, example: Example) -> np.ndarray:
-        """Token ids `[P]` of passages and question, P <= window."""
-        question = self.pieces(example.question)
+    def __call__(self, example: Example, max_new_tokens: int = 0) -> np.ndarray:
+        """Token ids `[P]` of passages and question, P <= window - max_new_tokens."""
+        question, window = self.pieces(example.question), self.window - max_new_tokens
+        if self.chunks != "sentences" and self.chunks + len(question) > window:
+            raise UsageError(
+                f"--rag_chunks {self.chunks} does not fit into the backbone's window of {self.window} tokens beside a question "
+                f"of {len(question)} and an answer of {max_new_tokens}; lower it to {window - len(question)} or less"
+            )
         passages = self._split(context_ids(example, self.pieces))
         if not passages:
-            return question[-self.window :]
+            return question[-window:]
         scores = np.asarray(self.rank([self.tokenizer.decode(ids).strip() for ids in passages], example.question))
-        room, chosen = self.window - len(question), []
+        room, chosen = window - len(question), []
         for best in np.lexsort((-np.arange(len(scores)), -scores))[: self.top_k].tolist():  # of equal ones the latest
             if len(passages[best]) <= room:
                 chosen.append(best)
                 room -= len(passages[best])
         if self.order == "document":
             chosen.sort()
-        return join([*(passages[i] for i in chosen), question])[-self.window :]
+        return join([*(passages[i] for i in chosen), question])[-window:]
 
     def _split(self, context: np.ndarray) -> list[np.ndarray]:
         if self.chunks != "sentences":
@@ -46,10 +54,11 @@ class Retriever:
 
 
 def context_ids(example: Example, pieces: Pieces) -> np.ndarray:
-    """The prompt without the question, where it ends with it."""
-    question = pieces(example.question)
-    ends = np.array_equal(example.prompt_ids[-len(question) :], question)
-    return example.prompt_ids[: -len(question)] if ends else example.prompt_ids
+    """The prompt without the question, be it at the end, at the beginning or at both."""
+    question, ids = pieces(example.question), example.prompt_ids
+    if np.array_equal(ids[-len(question) :], question):
+        ids = ids[: -len(question)]
+    return ids[len(question) :] if np.array_equal(ids[: len(question)], question) else ids
 
 
 def bm25(passages: Sequence[str], question: str) -> np.ndarray:

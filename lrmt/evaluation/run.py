@@ -11,9 +11,9 @@ from transformers import AutoConfig, AutoTokenizer
 import lrmt
 from lrmt.errors import UsageError, one_line
 from lrmt.evaluation.baselines import build_contenders, build_endpoint_contender
-from lrmt.evaluation.grid import measure_cell
+from lrmt.evaluation.grid import Answer, KeptAnswers, measure_cell
 from lrmt.evaluation.plots import draw_depths, draw_heatmap
-from lrmt.evaluation.prompts import PARTS, TEMPLATE, prompt_parts
+from lrmt.evaluation.prompts import count_new_tokens
 from lrmt.evaluation.results import ResultsFolder, format_table
 from lrmt.evaluation.settings import READING, Cell, EvaluationSettings
 from lrmt.evaluation.submission import Predictions, build_variant, write_predictions
@@ -45,22 +45,37 @@ def run_evaluation(settings: EvaluationSettings) -> list[dict]:
         cell: count_samples(tasks[cell.depth][cell.task], length_of(cell) or 0, settings.num_samples) for cell in cells
     }
     shortest = {(cell.task, cell.depth): cell for cell in reversed(cells)}
-    for (name, depth), cell in shortest.items():  # a length that nothing fits into is refused here
-        tasks[depth][name].example(0, length_of(cell) or 0)
-
-    max_new_tokens = max(task.max_new_tokens for of_depth in tasks.values() for task in of_depth.values())
+    first = {  # a length that nothing fits into is refused here
+        (name, depth): tasks[depth][name].example(0, length_of(cell) or 0) for (name, depth), cell in shortest.items()
+    }
     endpoint = build_endpoint_contender(settings, tokenizer) if settings.api_model else None
-    model, contenders = open_contenders(settings, tokenizer, max_new_tokens)
+    model, contenders = open_contenders(settings, tokenizer)
+    for show in filter(None, (contender.show for contender in contenders)):
+        for (name, depth), example in first.items():  # and passages that do not
+            show(example, count_new_tokens(tasks[depth][name]))
     contenders += [endpoint] if endpoint else []
     ranks.wait_for_everyone()  # until all have read the folder
     if ranks.is_main_process:
         folder.prepare()
     pending = {cell: [c for c in contenders if not folder.find(c.name, *cell[:3])] for cell in cells}
     pending = {cell: todo for cell, todo in pending.items() if todo}
-    if endpoint and (asked := [cell for cell, todo in pending.items() if endpoint in todo]) and ranks.is_main_process:
-        typical = [(endpoint.prompt(tasks[c.depth][c.task].example(0, length_of(c) or 0)), samples[c]) for c in asked]
-        prices = (settings.api_input_price, settings.api_output_price)
-        print(f"{endpoint.name}: {endpoint.endpoint.estimate_cost(typical, max_new_tokens, *prices)}", flush=True)
+    kept = {
+        cell: KeptAnswers(
+            folder.path / "answers" / endpoint.name.replace("/", "_") / f"{name_file(cell, length_of(cell))}.jsonl",
+            fresh=not folder.resumed,
+            write=ranks.is_main_process,
+        )
+        for cell, todo in pending.items()
+        if endpoint in todo
+    }
+    if kept and ranks.is_main_process:
+        typical = []
+        for cell in kept:
+            task, missing = tasks[cell.depth][cell.task], samples[cell] - len(kept[cell].answers)
+            prompt = endpoint.prompt(task.example(0, length_of(cell) or 0))
+            typical.append((prompt, missing, count_new_tokens(task)))
+        cost = endpoint.endpoint.estimate_cost(typical, settings.api_input_price, settings.api_output_price)
+        print(f"{endpoint.name}: {cost}", flush=True)
     total = sum(samples[cell] * len(todo) for cell, todo in pending.items())
     with tqdm(total=total, unit="answer", smoothing=0.05, disable=not ranks.is_main_process) as bar:
         for cell, todo in pending.items():
@@ -70,23 +85,28 @@ def run_evaluation(settings: EvaluationSettings) -> list[dict]:
             todo = [contender for contender in todo if contender not in hopeless]
             if not todo:
                 continue
-            with refuse_too_large_batches(settings.batch_size):
-                records, answers = measure_cell(
-                    todo,
-                    tasks[cell.depth][cell.task],
-                    length_of(cell),
-                    tokenizer=tokenizer,
-                    segment_length=segment_length,
-                    num_samples=samples[cell],
-                    batch_size=settings.batch_size,
-                    rule=settings.scoring,
-                    device=model.device,
-                    progress=bar,
-                )
+            task = tasks[cell.depth][cell.task]
+            records, answers = measure_cell(
+                todo,
+                task,
+                length_of(cell),
+                tokenizer=tokenizer,
+                segment_length=segment_length,
+                num_samples=samples[cell],
+                batch_size=settings.batch_size,
+                rule=settings.scoring,
+                device=model.device,
+                progress=bar,
+                kept=kept.get(cell),
+            )
             if cell.depth is not None:
                 records = [record | {"depth": cell.depth} for record in records]
             if ranks.is_main_process:
-                keep_predictions(folder.path, settings, cell, answers)
+                if endpoint in todo:
+                    kept[cell].add(answers[endpoint.name])  # of all ranks
+                for contender, record in zip(todo, records, strict=True):
+                    if "error" not in record:
+                        keep_predictions(folder.path, settings, cell, contender, answers[contender.name], task)
             folder.add(records, write=ranks.is_main_process)
     if ranks.is_main_process:
         finish(folder, settings)
@@ -120,27 +140,28 @@ def is_hopeless(records: list[dict], model: str, cell: Cell, threshold: float | 
     )
 
 
-def keep_predictions(path, settings: EvaluationSettings, cell: Cell, answers: dict):
-    """Writes the answers to a bAbI task as BABILong's leaderboard takes them, a file for each model that did not fail."""
+def name_file(cell: Cell, length: int | None) -> str:
+    """What the files of a cell are called: task, tokens ("rows" where each has its own length) and depth."""
+    depth = "" if cell.depth is None else f"_depth_{cell.depth:g}"
+    return f"{cell.task}_{'rows' if length is None else length}{depth}"
+
+
+def keep_predictions(path, settings: EvaluationSettings, cell: Cell, contender, answers: list[Answer], task):
+    """Writes a contender's answers to a bAbI task as BABILong's leaderboard takes them."""
     if cell.task not in TASK_LABELS or cell.depth is not None or settings.babi_vocabulary:
         return
-    run = Path(settings.adapter_path).resolve().name
-    for name, given in answers.items():
-        if any(a.output is None for a in given):
-            continue
-        prompted = name == settings.api_model
-        rows = [(a.target, a.output, a.question) for a in given]
-        cell_of_model = Predictions(
-            name if "/" in name else f"{run}/{name}",
-            cell.task,
-            cell.name,
-            build_variant(PARTS if prompted else ()),
-            rows,
-        )
-        prompt = prompt_parts(cell.task, PARTS if prompted else ()) | {
-            "template": TEMPLATE if prompted else "{context} {question}"
-        }
-        write_predictions(path / "babilong_evals", cell_of_model, prompt, {"do_sample": False, "num_beams": 1})
+    parts, prompt = contender.describe_prompt(cell.task, settings.question_position)
+    of_endpoint = contender.name == settings.api_model
+    run = "api" if of_endpoint else Path(settings.adapter_path).resolve().name
+    predictions = Predictions(
+        contender.name if of_endpoint and "/" in contender.name else f"{run}/{contender.name}",
+        cell.task,
+        cell.name,
+        build_variant(parts),
+        [(a.target, a.output, a.question) for a in answers],
+    )
+    generation = contender.describe_generation(count_new_tokens(task))
+    write_predictions(path / "babilong_evals", predictions, prompt, generation)
 
 
 @contextlib.contextmanager
@@ -154,12 +175,10 @@ def refuse_too_large_batches(batch_size: int):
         ) from None
 
 
-def open_contenders(settings: EvaluationSettings, tokenizer=None, max_new_tokens: int = 20) -> tuple:
+def open_contenders(settings: EvaluationSettings, tokenizer=None) -> tuple:
     """The model and its contenders; says so when there is one only."""
     model = load_model(settings)
-    contenders = build_contenders(
-        model, settings.baseline, tokenizer=tokenizer, rag=settings.rag, max_new_tokens=max_new_tokens
-    )
+    contenders = build_contenders(model, settings.baseline, tokenizer=tokenizer, rag=settings.rag)
     if len(contenders) == 1:
         print("merged model: no adapter to disable, so the baselines on its backbone are left out")
     return model, contenders

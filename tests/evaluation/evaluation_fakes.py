@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from transformers import PreTrainedConfig
 
 from lrmt.errors import UsageError
 from lrmt.tasks.base import Example, Task
@@ -43,7 +44,7 @@ class FakeModel:
     def __init__(self, reach=4):
         self.reach, self.enabled = reach, True
         self.calls = []
-        self.backbone = SimpleNamespace(generate=self._generate_backbone)
+        self.backbone = SimpleNamespace(generate=self._generate_backbone, config=PreTrainedConfig())
 
     def eval(self):
         return self
@@ -58,7 +59,7 @@ class FakeModel:
         self.enabled = True
 
     def generate(self, input_ids, attention_mask, max_new_tokens, **kwargs):
-        segments = -(-(input_ids.shape[1] + max_new_tokens) // SEGMENT)
+        segments = -(-(input_ids.shape[1] + FakeTask.max_new_tokens) // SEGMENT)  # of the text
         who = "rmt" if self.enabled else "untrained"
         return self._answer(who, input_ids, max_new_tokens, knows=self.enabled and segments <= self.reach)
 

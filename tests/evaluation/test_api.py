@@ -1,11 +1,7 @@
-"""An endpoint that answers 429, 500, garbage, slowly, or not at all, against a server in this process."""
+"""An endpoint that answers 429, 500, garbage, slowly, or not at all, against a server in this process (conftest.py)."""
 
-import json
 import sys
-import threading
 import time
-from collections import defaultdict
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -18,102 +14,6 @@ from lrmt.evaluation.submission import Predictions, build_variant, write_predict
 
 TIMEOUT = 1.0
 TRIES = 3
-
-
-def completion(text):
-    choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
-    return {"id": "1", "object": "chat.completion", "created": 0, "model": "stub", "choices": [choice]}
-
-
-class Stub(BaseHTTPRequestHandler):
-    """A prompt is a list of what its tries meet, "500 slow ok"; the last goes on for ever."""
-
-    protocol_version = "HTTP/1.1"
-
-    def do_POST(self):
-        server = self.server
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        prompt = body["messages"][0]["content"]
-        with server.lock:
-            server.requests[prompt].append((time.monotonic(), body, self.headers))
-            number = len(server.requests[prompt]) - 1
-            server.in_flight += 1
-            server.most_in_flight = max(server.most_in_flight, server.in_flight)
-        script = prompt.split()
-        try:
-            self.meet(script[min(number, len(script) - 1)])
-        except OSError:  # the client has gone
-            self.close_connection = True
-        finally:
-            with server.lock:
-                server.in_flight -= 1
-
-    def meet(self, what):
-        if what in ("429", "500", "503", "400", "401"):
-            self.reply(
-                {"error": {"message": f"refused with {what}"}},
-                int(what),
-                {"Retry-After": "1.2"} if what == "429" else {},
-            )
-        elif what == "ok":
-            time.sleep(0.05)
-            self.reply(completion("the kitchen"))
-        elif what == "slow":
-            self.server.closing.wait(2 * TIMEOUT)
-            self.reply(completion("too late"))
-        elif what == "silent":
-            self.server.closing.wait(60)
-            self.close_connection = True
-        elif what == "drips":
-            self.send_response(200)
-            self.send_header("Content-Type", "application/json")
-            self.end_headers()
-            while not self.server.closing.wait(0.05):
-                self.wfile.write(b" ")
-        elif what == "hangs_up":
-            self.close_connection = True
-        elif what == "html":
-            self.reply(b"<html>Welcome</html>", kind="text/html")
-        elif what == "half":
-            self.reply(b'{"choices": [', kind="application/json")
-        elif what == "no_choice":
-            self.reply(completion("") | {"choices": []})
-        elif what == "nothing":
-            self.reply({"object": "list"})
-        elif what == "no_text":
-            self.reply(completion(None))
-        else:
-            raise AssertionError(what)
-
-    def reply(self, content, status=200, headers=(), kind="application/json"):
-        content = content if isinstance(content, bytes) else json.dumps(content).encode()
-        self.send_response(status)
-        for name, value in {"Content-Type": kind, "Content-Length": str(len(content)), **dict(headers)}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def server(monkeypatch):
-    monkeypatch.setattr(ThreadingHTTPServer, "request_queue_size", 128)  # or the kernel drops what comes at once
-    stub = ThreadingHTTPServer(("127.0.0.1", 0), Stub)
-    stub.daemon_threads = True
-    stub.requests, stub.lock, stub.closing = defaultdict(list), threading.Lock(), threading.Event()
-    stub.in_flight = stub.most_in_flight = 0
-    thread = threading.Thread(target=stub.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{stub.server_port}/v1")
-    monkeypatch.setenv("OPENAI_API_KEY", "a-key")
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    yield stub
-    stub.closing.set()
-    stub.shutdown()
-    thread.join()
-    stub.server_close()
 
 
 def test_a_server_that_fails_in_every_way(server):
@@ -150,6 +50,8 @@ def test_a_run_goes_on_after_a_failure(server):
     endpoint = Endpoint("stub", timeout=TIMEOUT, max_retries=0)
     assert endpoint.answer(["401"]) == [None]
     assert "refused with 401" in endpoint.failure
+    assert endpoint.answer(["401", "ok", "html"]) == [None, "the kitchen", None]
+    assert "refused with 401" in endpoint.failure  # the first
     assert endpoint.answer(["html"]) == [None]
     assert "no chat completion" in endpoint.failure
     assert endpoint.answer(["no_text"]) == [None]
@@ -170,11 +72,32 @@ def test_answers_keep_their_order_and_few_are_in_flight(server):
 def test_a_dead_endpoint_is_not_asked_everything(server):
     endpoint = Endpoint("stub", concurrency=2, timeout=TIMEOUT, max_retries=0)
     assert endpoint.answer([f"{'500 ' * n}500" for n in range(10)]) == [None] * 10
-    assert len(server.requests) in (2, 3)  # the second fails while a third is on its way
-    # one that answers now and then is asked everything
-    prompts = ["ok", *(f"{'400 ' * n}400" for n in range(10)), "ok ok"]
+    assert len(server.requests) in (3, 4)  # the third fails while a fourth is on its way
+    assert "refused with 500" in endpoint.failure
+    server.requests.clear()
+    assert endpoint.answer(["ok"] * 5) == [None] * 5 and not server.requests  # nor later
+    assert endpoint.failure.startswith("not asked: the endpoint was given up (") and "500" in endpoint.failure
+
+
+def test_one_that_answers_others_is_asked_everything(server):
+    """What is wrong with a prompt, that it is too long, say, tells nothing about others; nor does a failure now and then."""
     endpoint = Endpoint("stub", concurrency=1, timeout=TIMEOUT, max_retries=0)
-    assert endpoint.answer(prompts) == ["the kitchen", *[None] * 10, "the kitchen"]
+    assert endpoint.answer(["400"] * 10) == [None] * 10
+    prompts = ["500", "503", "ok", "500 500", "503 503", "ok"]
+    assert endpoint.answer(prompts) == [None, None, "the kitchen", None, None, "the kitchen"]
+
+
+def test_prompts_are_made_as_they_can_be_asked(server):
+    made, answered = [], {}
+
+    def prompts():
+        for number in range(9):
+            made.append(number)
+            assert len(made) - len(answered) <= 3
+            yield "ok " * (number + 1)
+
+    Endpoint("stub", concurrency=3, timeout=TIMEOUT).ask(prompts(), 20, answered.__setitem__)
+    assert answered == dict.fromkeys(range(9), "the kitchen")
 
 
 def test_a_server_that_drips_for_ever_is_left(server, monkeypatch):
@@ -232,10 +155,10 @@ def test_answers_become_a_submission_that_is_scored(server, tmp_path):
 
 def test_the_cost_is_told_before_anything_is_asked(server):
     endpoint = Endpoint("stub")
-    cost = endpoint.estimate_cost([("x" * 4000, 100), ("x" * 401, 10)], 20, input_price=2.5, output_price=10)
-    assert (cost.requests, cost.input_tokens, cost.output_tokens) == (110, 101_010, 2_200)
-    assert cost.price == pytest.approx(0.252525 + 0.022)
-    assert str(cost) == "110 requests, about 101,010 tokens in and at most 2,200 out, about 0.27 at the prices given"
-    free = endpoint.estimate_cost([("x" * 4000, 1)])
+    cost = endpoint.estimate_cost([("x" * 4000, 100, 20), ("x" * 401, 10, 30)], input_price=2.5, output_price=10)
+    assert (cost.requests, cost.input_tokens, cost.output_tokens) == (110, 101_010, 2_300)
+    assert cost.price == pytest.approx(0.252525 + 0.023)
+    assert str(cost) == "110 requests, about 101,010 tokens in and at most 2,300 out, about 0.28 at the prices given"
+    free = endpoint.estimate_cost([("x" * 4000, 1, 20)])
     assert free.price is None and "price" not in str(free)
     assert not server.requests

@@ -5,10 +5,12 @@ import pytest
 import torch
 from evaluation_fakes import EOS, FakeTokenizer
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
+from lrmt.errors import UsageError
 from lrmt.evaluation.baselines import answer, build_contenders
 from lrmt.models import RmtForCausalLM
+from lrmt.tasks.base import Example
 
 SEGMENT, NEW = 12, 6
 
@@ -78,6 +80,20 @@ def test_the_backbone_is_the_plain_model_on_the_end_of_the_text(model, prompts):
         new = plain.generate(end, max_new_tokens=NEW, do_sample=False, pad_token_id=EOS)[0, end.shape[1] :].tolist()
         expected.append(Digits().decode(new[: new.index(EOS)] if EOS in new else new))
     assert answers(build_contenders(model)[2], prompts) == expected
+
+
+def test_learned_positions_have_an_end():
+    config = GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, n_positions=SEGMENT + 4, eos_token_id=EOS)
+    rmt = RmtForCausalLM.from_backbone(
+        AutoModelForCausalLM.from_config(config), num_memory_tokens=2, segment_length=SEGMENT
+    )
+    model = get_peft_model(rmt, LoraConfig(r=2, target_modules=["c_attn"], task_type="CAUSAL_LM")).eval()
+    with pytest.raises(UsageError, match="GPT2LMHeadModel has no rotary positions .*; leave full out"):
+        build_contenders(model, ["full"])
+    backbone = build_contenders(model, ["backbone"])[1]
+    ids = np.arange(16, 46)
+    shown = backbone.show(Example(ids, ids[:1], "", "", "qa1"), NEW)
+    assert shown.tolist() == ids[-(SEGMENT + 4 - NEW) :].tolist()  # the answer has a place too
 
 
 def test_a_padded_batch_answers_as_its_rows_alone(model, prompts):

@@ -149,15 +149,48 @@ def test_a_length_that_nothing_fits_into_writes_nothing(adapter, monkeypatch):
     assert not model.calls
 
 
-def test_too_little_memory_is_one_line(adapter):
+def test_too_little_memory_fails_one_contender_and_the_others_go_on(adapter, capsys):
     folder, model = adapter
+    generate = model.generate
 
     def exhausted(**arguments):
-        raise torch.OutOfMemoryError
+        if model.enabled:
+            raise torch.OutOfMemoryError
+        return generate(**arguments)
 
     model.generate = exhausted
-    with pytest.raises(UsageError, match="--batch_size 2"):
-        evaluate(folder, "1")
+    records = evaluate(folder, "1", "2")
+    failed = [(r["segments"], r["error"]) for r in records if r["model"] == "rmt"]
+    assert failed == [(1, "out of memory, one text at a time"), (2, "out of memory, one text at a time")]
+    assert accuracies(records, "backbone") == {1: 1.0, 2: 0.0}
+    assert accuracies(records, "untrained") == {1: 0.0, 2: 0.0}
+    assert "rmt failed on passkey, 1 segments: out of memory" in capsys.readouterr().out
+    model.generate = generate  # on another machine
+    assert accuracies(evaluate(folder, "1", "2"), "rmt") == {1: 1.0, 2: 1.0}
+
+
+def test_a_batch_too_large_is_halved(adapter):
+    folder, model = adapter
+    generate, sizes = model.generate, []
+
+    def small(input_ids, **arguments):
+        if model.enabled:
+            sizes.append(len(input_ids))
+            if len(input_ids) > 2:
+                raise RuntimeError("[enforce fail at alloc_cpu.cpp:116] DefaultCPUAllocator: can't allocate memory")
+        return generate(input_ids=input_ids, **arguments)
+
+    model.generate = small
+    records = evaluate(folder, "1", batch_size=9, num_samples=11, output_dir=str(folder / "small"))
+    assert sizes == [9, 4, 2, 2, 2, 2, 1, 2]  # 2 fit, and the second batch has no more
+    assert accuracies(records, "rmt") == {1: 1.0}
+
+    def broken(**arguments):
+        raise RuntimeError("a device-side assert")
+
+    model.generate = broken
+    with pytest.raises(RuntimeError, match="device-side"):
+        evaluate(folder, "2")
 
 
 def test_a_merged_model_has_one_column(adapter, monkeypatch):

@@ -1,4 +1,4 @@
-"""The grid on the tiny backbone: every baseline, depths, failed cells, early stops, ranks, and the files that others read."""
+"""The grid on the tiny backbone: every baseline, depths, early stops, ranks, and the files that others read."""
 
 import json
 import os
@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from lrmt.cli import main
 from lrmt.evaluation import run
 from lrmt.evaluation.rescore import score_folder
-from lrmt.models import RmtForCausalLM
+from lrmt.models import LandmarkForCausalLM, RmtForCausalLM
 from lrmt.training.checkpoint import save_adapter
 
 ROOT = Path(__file__).parents[2]
@@ -23,17 +23,21 @@ SEGMENT = 80
 LOCAL = ["backbone", "full", "sliding_window", "xl", "rag"]
 
 
+def save(folder, method, **settings):
+    """A memory that was never trained over a backbone that reads: right where everything stands in one segment."""
+    torch.manual_seed(0)
+    model = method.from_backbone(AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32), **settings)
+    memory = method.memory_modules
+    lora = LoraConfig(r=2, target_modules="all-linear", modules_to_save=memory, task_type="CAUSAL_LM")
+    save_adapter(get_peft_model(model, lora), folder, AutoTokenizer.from_pretrained(TINY))
+    return folder
+
+
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory):
-    """A memory that was never trained over a backbone that reads: right where everything stands in one segment."""
-    folder = tmp_path_factory.mktemp("grid") / "adapter"
-    torch.manual_seed(0)
-    rmt = RmtForCausalLM.from_backbone(
-        AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32), num_memory_tokens=2, segment_length=SEGMENT
+    return save(
+        tmp_path_factory.mktemp("grid") / "adapter", RmtForCausalLM, num_memory_tokens=2, segment_length=SEGMENT
     )
-    lora = LoraConfig(r=2, target_modules="all-linear", modules_to_save=["memory_embedding"], task_type="CAUSAL_LM")
-    save_adapter(get_peft_model(rmt, lora), folder, AutoTokenizer.from_pretrained(TINY))
-    return folder
 
 
 @pytest.fixture(autouse=True)
@@ -63,10 +67,48 @@ def test_every_local_baseline_and_what_it_can_see(adapter, tmp_path):
 
 
 def test_a_cached_segment_reaches_one_segment_further_back(adapter, tmp_path):
-    """The key is at the top of two segments: the second sees the first only if the first is cached."""
-    flags = "--task passkey --lengths 2 --num_samples 6 --depths 0 --baseline sliding_window xl"
+    """The key is more than a segment before the question, and in the segment before that of the question and the answer."""
+    flags = "--task passkey --lengths 2 --num_samples 6 --depths 0.2 --baseline sliding_window xl"
     found = accuracies(evaluate(adapter, tmp_path / "out", flags), "model")
     assert found["sliding_window",] == 0 and found["xl",] >= 4 / 6
+
+
+def test_baselines_of_a_landmark_adapter_are_those_of_its_backbone(adapter, tmp_path):
+    """Landmark attention takes the place of the backbone's own, which sees no difference."""
+    settings = {"block_length": 8, "context_length": SEGMENT, "top_k": 2}
+    landmark = save(tmp_path / "landmark", LandmarkForCausalLM, **settings)
+    flags = f"--task passkey --lengths 2 --num_samples 6 --depths 0.5 --baseline {' '.join(LOCAL)} untrained"
+    found = accuracies(evaluate(landmark, tmp_path / "out", flags), "model")
+    wanted = accuracies(evaluate(adapter, tmp_path / "rmt", flags), "model")
+    assert {name: found[name,] for name in LOCAL} == {name: wanted[name,] for name in LOCAL}
+    assert found["landmark",] == found["untrained",]
+    assert found["xl",] >= 4 / 6
+
+
+def test_everybody_may_say_twenty_tokens(adapter, tmp_path, monkeypatch):
+    asked = []
+    generate = LlamaForCausalLM.generate
+
+    def watch(self, *arguments, **named):
+        asked.append((named["input_ids"].shape[1], named["max_new_tokens"]))
+        return generate(self, *arguments, **named)
+
+    monkeypatch.setattr(LlamaForCausalLM, "generate", watch)
+    evaluate(
+        adapter, tmp_path / "out", "--task qa1 --lengths 4 --num_samples 2 --baseline backbone rag --rag_chunks 90"
+    )
+    assert {new for _, new in asked} == {20}
+    shown = max(width for width, _ in asked)
+    assert 3 * SEGMENT < shown < 1024  # passages may fill the backbone's own window, not a segment
+
+
+def test_passages_that_cannot_fit_are_refused_and_nothing_is_written(adapter, tmp_path, capsys):
+    flags = ["--task", "qa1", "--lengths", "2", "--baseline", "rag", "--rag_chunks", "1010"]
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--adapter_path", str(adapter), "--output_dir", str(tmp_path / "out"), *flags])
+    error = capsys.readouterr().err
+    assert "--rag_chunks 1010 does not fit into the backbone's window of 1024" in error and error.endswith("or less\n")
+    assert not (tmp_path / "out").exists()
 
 
 def test_facts_alone_and_predictions_that_score_the_same(adapter, tmp_path, capsys):
@@ -80,6 +122,31 @@ def test_facts_alone_and_predictions_that_score_the_same(adapter, tmp_path, caps
     }
     assert accuracies(rescored, "model", "task", "length_tokens") == expected
     assert len(set(expected.values())) > 2  # neither all right nor all wrong
+
+    def describe(name):
+        (path,) = (tmp_path / "out" / "babilong_evals" / "adapter" / name).glob("qa1_0k_*.json")
+        assert path.stem.endswith("instruction_no_examples_no_post_prompt_no_chat_template_no")
+        told = json.loads(path.read_text())
+        assert told["generate_kwargs"] == {"max_new_tokens": 20, "do_sample": False, "num_beams": 1}
+        return told["prompt"]["template"], told["prompt"].get("shown")
+
+    assert describe("rmt") == ("{context} {question}", None)
+    assert describe("backbone") == ("{context} {question}", f"the last {SEGMENT} tokens")
+    assert describe("rag") == ("{passages} {question}", "the 5 best passages (sentences) by BM25, in order of document")
+
+
+@pytest.mark.parametrize("position", ["first", "both"])
+def test_predictions_say_where_the_question_stands(adapter, tmp_path, position):
+    flags = f"--task qa1 --lengths 0k --num_samples 2 --baseline rag --question_position {position}"
+    evaluate(adapter, tmp_path / "out", flags)
+    templates = {
+        path.parent.name: json.loads(path.read_text())["prompt"]["template"]
+        for path in (tmp_path / "out" / "babilong_evals").rglob("*.json")
+    }
+    assert templates == {
+        "rmt": "{question} {context}" + (" {question}" if position == "both" else ""),
+        "rag": "{passages} {question}",
+    }
 
 
 def test_a_baseline_may_join_later_and_finished_cells_are_kept(adapter, tmp_path, monkeypatch):
@@ -106,44 +173,6 @@ def test_hopeless_models_are_not_asked_longer_texts(adapter, tmp_path):
     found = accuracies(evaluate(adapter, tmp_path / "out", flags), "model", "segments")
     assert found["backbone", 1] >= 0.8 and found["backbone", 3] == 0
     assert ("backbone", 4) not in found and found["full", 4] >= 0  # of whom there was hope still
-
-
-class Endpoint:
-    """Fails while `down`."""
-
-    name, down, failure_text = "stub", True, "no answer within 1 second"
-
-    def __init__(self, settings, tokenizer):
-        self.endpoint = self
-
-    def prompt(self, example):
-        return "What is the pass key?"
-
-    def estimate_cost(self, prompts, max_new_tokens, *prices):
-        return f"{sum(count for _, count in prompts)} requests"
-
-    def answer(self, examples, tokenizer, max_new_tokens, device="cpu"):
-        return [None if self.down else example.target for example in examples]
-
-    def failure(self):
-        return self.failure_text if self.down else None
-
-
-def test_a_cell_that_failed_is_marked_and_measured_again(adapter, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(run, "build_endpoint_contender", Endpoint)
-    flags = "--task passkey --lengths 1 2 --num_samples 4 --baseline backbone api --api_model stub"
-    monkeypatch.setattr(Endpoint, "down", True)
-    records = evaluate(adapter, tmp_path / "out", flags)
-    out = capsys.readouterr().out
-    assert "stub: 8 requests" in out and "stub failed on passkey, 1 segments: no answer within 1 second" in out
-    failed = [r for r in records if r["model"] == "stub"]
-    assert [r["accuracy"] for r in failed] == [None, None] and all(r["error"] for r in failed)
-    assert all(r["accuracy"] is not None for r in records if r["model"] != "stub")
-    assert (tmp_path / "out" / "heatmap.png").exists()
-    monkeypatch.setattr(Endpoint, "down", False)
-    again = evaluate(adapter, tmp_path / "out", flags)
-    assert [r for r in again if r["model"] != "stub"] == [r for r in records if r["model"] != "stub"]
-    assert [r["accuracy"] for r in again if r["model"] == "stub"] == [1.0, 1.0]
 
 
 @pytest.mark.distributed

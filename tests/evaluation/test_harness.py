@@ -22,6 +22,7 @@ from lrmt.evaluation.baselines import answer, build_contenders
 from lrmt.evaluation.harness import run_harness
 from lrmt.evaluation.harness_model import HarnessModel
 from lrmt.evaluation.metrics import score
+from lrmt.evaluation.prompts import count_new_tokens
 from lrmt.models import RmtForCausalLM
 from lrmt.tasks import build_task
 from lrmt.tasks.babi import simulate
@@ -91,9 +92,9 @@ def test_babilong_from_local_files_equals_lrmt_evaluate(adapter, data, tmp_path)
     task = build_task("dataset", tokenizer, split="test", dataset_path=data / "rows.jsonl", segment_length=SEGMENT)
     examples = [task.example(index) for index in range(ROWS)]
     trained = build_contenders(lrmt.load(adapter))[0]
-    outputs = [answer(trained, [e.prompt_ids], tokenizer, task.max_new_tokens)[0] for e in examples]
+    outputs = [answer(trained, [e.prompt_ids], tokenizer, count_new_tokens(task))[0] for e in examples]
     report = json.loads((tmp_path / "harness" / "harness.json").read_text())["default"]
-    assert report["configs"]["babilong_qa1"]["generation_kwargs"]["max_gen_toks"] == task.max_new_tokens
+    assert report["configs"]["babilong_qa1"]["generation_kwargs"]["max_gen_toks"] == count_new_tokens(task)
     found = predictions_of(tmp_path / "harness")
     assert [row["output"] for row in found] == outputs
     rule = [float(score(e.target, o, e.question, e.task, "contains")) for e, o in zip(examples, outputs, strict=True)]

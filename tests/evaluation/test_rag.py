@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from lrmt.errors import UsageError
-from lrmt.evaluation.rag import Retriever, bm25, embedding_ranker, require
+from lrmt.evaluation.rag import Retriever, bm25, context_ids, embedding_ranker, require
 from lrmt.tasks.base import Example, Pieces, join
 
 ASSETS = Path(__file__).parents[2] / "lrmt" / "assets"
@@ -51,6 +51,26 @@ def test_the_best_stay_when_the_window_is_small(tokenizer):
     needed = len(Pieces(tokenizer)("Mary went to the garden.")) + len(Pieces(tokenizer)(QUESTION))
     assert show(tokenizer, window=needed, top_k=5) == "Mary went to the garden. Where is Mary?"
     assert show(tokenizer, window=needed - 1, top_k=1) == QUESTION
+
+
+def test_there_is_room_for_the_answer_and_for_one_passage(tokenizer):
+    asked = len(Pieces(tokenizer)(QUESTION))
+    assert len(Retriever(tokenizer, 8 + asked + 20, chunks=8)(example(tokenizer), 20)) == 8 + asked
+    with pytest.raises(UsageError, match=f"--rag_chunks 8 does not fit .* {8 + asked + 19} .*; lower it to 7 or less"):
+        Retriever(tokenizer, 8 + asked + 19, chunks=8)(example(tokenizer), 20)
+
+
+@pytest.mark.parametrize("position", ["last", "first", "both", "alone"])
+def test_the_question_is_no_passage_wherever_it_stands(tokenizer, position):
+    pieces, plain = Pieces(tokenizer), example(tokenizer)
+    context, question = join(map(pieces, CONTEXT)), pieces(QUESTION)
+    before, after = (
+        [question] if position in where else [] for where in (("first", "both"), ("last", "both", "alone"))
+    )
+    context = context[:0] if position == "alone" else context
+    asked = Example(join([*before, context, *after]), plain.answer_ids, QUESTION, "garden", "qa1")
+    assert np.array_equal(context_ids(asked, pieces), context)
+    assert tokenizer.decode(Retriever(tokenizer, 200, top_k=6)(asked)).count(QUESTION) == 1
 
 
 def test_passages_of_so_many_tokens(tokenizer):

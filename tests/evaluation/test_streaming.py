@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig
+from transformers import AutoModelForCausalLM, CohereConfig, GPT2Config, LlamaConfig, MistralConfig, StableLmConfig
 
 from lrmt.errors import UsageError
-from lrmt.evaluation.streaming import StreamedBackbone
+from lrmt.evaluation.streaming import StreamedBackbone, attending_by_mask
+from lrmt.models import LandmarkForCausalLM
 
 VOCAB, SEGMENT, EOS = 50, 8, 49
 SHAPE = {
@@ -16,6 +17,7 @@ BACKBONES = {
     "llama": LlamaConfig(**SHAPE),
     "mistral": MistralConfig(**SHAPE, sliding_window=None),
     "mistral-window": MistralConfig(**SHAPE, sliding_window=5),
+    "partly-rotary": StableLmConfig(**SHAPE, partial_rotary_factor=0.5),
 }
 
 
@@ -25,6 +27,15 @@ def build(name):
     with torch.no_grad():
         for parameter in backbone.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
+    rotary = backbone.base_model.rotary_emb  # transformers makes rotary tables in fp32; what is compared here is ours
+
+    def tables(x, position_ids):
+        places.append(position_ids)
+        angle = position_ids[..., None].double() * rotary.inv_freq.double()
+        return tuple(torch.cat([f, f], dim=-1) for f in (angle.cos(), angle.sin()))
+
+    places, rotary.forward = [], tables
+    backbone.places = places  # that were asked for
     return backbone
 
 
@@ -79,10 +90,37 @@ def test_padded_batch_equals_its_rows(recurrence):
     assert len({tuple(ids) for ids in together}) > 1
 
 
-def test_what_is_kept_does_not_grow():
-    stream, ids = StreamedBackbone(build("llama"), SEGMENT, "segment"), torch.zeros(1, 20 * SEGMENT, dtype=torch.long)
-    stream.generate(ids, torch.ones_like(ids), max_new_tokens=1, eos_token_id=EOS)
+@pytest.mark.parametrize("recurrence", ["window", "segment"])
+def test_what_is_kept_and_its_positions_do_not_grow(recurrence):
+    backbone = build("llama")
+    stream, ids = StreamedBackbone(backbone, SEGMENT, recurrence), torch.zeros(1, 20 * SEGMENT, dtype=torch.long)
+    stream.generate(ids, torch.ones_like(ids), max_new_tokens=2 * SEGMENT, eos_token_id=EOS)
     assert stream.cache.layers[0].keys.shape[2] == stream.seen.shape[1] <= 2 * SEGMENT
+    assert 0 <= min(int(p.min()) for p in backbone.places) <= max(int(p.max()) for p in backbone.places) < 2 * SEGMENT
+
+
+def test_keys_that_cannot_be_turned_back_are_refused():
+    factors = {"rope_theta": 1e4, "factor": 2.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    for rope in ("dynamic", "longrope"):
+        config = LlamaConfig(**SHAPE, rope_parameters={"rope_type": rope, **factors})
+        backbone = AutoModelForCausalLM.from_config(config)
+        with pytest.raises(UsageError, match=f"--baseline: rotary type {rope} of LlamaForCausalLM"):
+            StreamedBackbone(backbone, SEGMENT, "window")
+    pairwise = AutoModelForCausalLM.from_config(CohereConfig(**SHAPE, pad_token_id=0))  # turns neighbours, not halves
+    with pytest.raises(UsageError, match="--baseline: the keys of CohereForCausalLM cannot be turned"):
+        StreamedBackbone(pairwise, SEGMENT, "window")
+
+
+def test_the_backbone_has_its_own_attention_again():
+    backbone = build("llama")
+    backbone.config._attn_implementation = "eager"
+    with attending_by_mask(backbone):
+        assert backbone.config._attn_implementation == "eager"
+    LandmarkForCausalLM.from_backbone(backbone, block_length=4, context_length=40, top_k=2)
+    with pytest.raises(KeyboardInterrupt), attending_by_mask(backbone):
+        assert backbone.config._attn_implementation == "sdpa"
+        raise KeyboardInterrupt
+    assert backbone.config._attn_implementation == "landmark"
 
 
 def test_learned_positions_are_refused():
