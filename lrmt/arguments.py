@@ -96,9 +96,12 @@ class TaskArguments(TrlScriptArguments):
         default=None,
         metadata={"help": "Books from a data set with column text instead: a Hub id, streamed, or a path."},
     )
-    num_digits: int = field(default=5, metadata={"help": "Digits of a pass key."})
+    num_digits: int = field(default=5, metadata={"help": "Digits of a pass key, but for --passkey_wording landmark."})
     passkey_wording: str = field(
-        default="landmark", metadata={"help": "Wording of the pass key task: landmark, longlora or infinitebench."}
+        default="plain",
+        metadata={
+            "help": "Wording of the pass key task: plain, landmark (numbers 1 to 50000), longlora or infinitebench."
+        },
     )
     question_position: str = field(
         default="last", metadata={"help": "Where BABILong's question stands: last, first or both."}

@@ -190,7 +190,12 @@ def add_evaluate(commands):
     add("--babi_vocabulary", metavar="FILE", help="YAML or JSON file of other people, rooms, … for simulated stories")
     add("--background_dir", metavar="DIR", help="books (.txt) to hide the facts in; without it built-in prose")
     add("--background_dataset", metavar="NAME", help="books from a data set with column text instead, as a Hub id")
-    add("--passkey_wording", default="landmark", metavar="NAME", help="landmark, longlora or infinitebench")
+    add(
+        "--passkey_wording",
+        default="plain",
+        metavar="NAME",
+        help="plain, landmark (the protocol of its paper: numbers 1 to 50000), longlora or infinitebench (default: plain)",
+    )
     add("--num_digits", type=int, default=5, metavar="N", help="of a pass key, as in training (default: 5)")
     add(
         "--question_position",
@@ -222,8 +227,8 @@ def add_evaluate(commands):
         "--scoring",
         default="official",
         metavar="RULE",
-        help="of the qa tasks: official (BABILong's, where a target 'none' of qa7 never scores), strict (whole words, "
-        "mends that), contains, exact (default: official); passkey: first integer, always",
+        help="of qa1 … qa20, memorize, detect_memorize, reasoning: official (BABILong's, where a target 'none' of qa7 never "
+        "scores), strict (whole words, mends that), contains, exact (default: official); passkey, niah_single: first integer",
     )
     add("--output_dir", metavar="DIR", help="default: ADAPTER_PATH/evaluation, or ADAPTER_PATH/perplexity")
     add("--overwrite", action="store_true", help="replace an evaluation of other settings in --output_dir")

@@ -207,7 +207,6 @@ DATA = [
     ("--lengths four", ["--lengths", "'four'", "4k"]),
     ("--lengths 300", ["--lengths 300", "--reserved_tokens 300", "ask for more"]),
     ("--lengths 310", ["qa1", "fits into 10 tokens", "greater length"]),
-    ("--task qa7", ["qa7", "--babi_dir"]),
     ("--output_dir full", ["--output_dir", "full", "not empty", "another"]),
     ("--output_dir full/mine.txt", ["--output_dir", "must be a folder"]),
     ("--format csv", ["--format", "'csv'", "parquet, jsonl, chat"]),

@@ -17,7 +17,7 @@ from lrmt.evaluation.prompts import PARTS, TEMPLATE, prompt_parts
 from lrmt.evaluation.results import ResultsFolder, format_table
 from lrmt.evaluation.settings import READING, Cell, EvaluationSettings
 from lrmt.evaluation.submission import Predictions, build_variant, write_predictions
-from lrmt.labels import TASK_LABELS
+from lrmt.labels import LABELS, TASK_LABELS
 from lrmt.models import LongContextConfig
 from lrmt.tasks import Background, build_task
 
@@ -104,7 +104,7 @@ def finish(folder: ResultsFolder, settings: EvaluationSettings):
     for record in folder.records:
         if "error" in record:
             print(f"{record['model']} failed on {record['task']}, {record['segments']} segments: {record['error']}")
-    if any(record["task"].startswith("qa") for record in folder.records):
+    if any(record["task"] in LABELS for record in folder.records):
         print(f"scoring {settings.scoring}; ", end="")
     print(f"{' and '.join([', '.join(drawn[:-1]), drawn[-1]])} are in {folder.path}")
 

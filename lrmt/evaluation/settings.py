@@ -67,7 +67,7 @@ class EvaluationSettings:
     background_dir: str | None = None
     background_dataset: str | None = None
     num_digits: int = 5
-    passkey_wording: str = "landmark"
+    passkey_wording: str = "plain"
     question_position: str = "last"
     max_n_facts: int | None = None
     load_in_4bit: bool | None = None
@@ -155,7 +155,7 @@ class EvaluationSettings:
 
     @property
     def rag(self) -> dict:
-        """Settings of baseline rag, as `baselines.RagSettings` takes them."""
+        """Settings of baseline rag, as `baselines.build_contenders` takes them."""
         chunks = self.rag_chunks if self.rag_chunks == "sentences" else int(self.rag_chunks)
         return {"chunks": chunks, "top_k": self.rag_top_k, "order": self.rag_order, "model": self.rag_model}
 

@@ -102,7 +102,7 @@ def build_task(
     dataset_split: str | None = None,
     text_path: str | Path | None = None,
     num_digits: int = 5,
-    passkey_wording: str = "landmark",
+    passkey_wording: str = "plain",
     depth: float | None = None,
     max_n_facts: int | None = None,
     question_position: str = "last",

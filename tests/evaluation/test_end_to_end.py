@@ -97,7 +97,6 @@ def test_own_rows(adapter, tmp_path):
     ("flags", "message"),
     [
         ("--task passkey --lengths 100k 0.3k", "--lengths 0.3k is less than one segment of 384"),
-        ("--task qa4", "qa4"),
         ("--task passkey --num_digits 40", "--num_digits"),
         ("--task qa1 --question_position middle", "--question_position"),
         ("--task qa1 --babi_dir .", "--babi_dir . has no qa1_"),
