@@ -90,11 +90,18 @@ class TaskArguments(TrlScriptArguments):
         metadata={"help": "YAML or JSON file of other people, rooms, objects, … for simulated bAbI stories."},
     )
     background_dir: str | None = field(
-        default=None, metadata={"help": "Folder of .txt books that hide the facts; default: built-in procedural prose."}
+        default=None,
+        metadata={
+            "help": "Folder of .txt books that hide the facts, begun again where they end; name other ones for evaluation. "
+            "Default: built-in procedural prose."
+        },
     )
     background_dataset: str | None = field(
         default=None,
-        metadata={"help": "Books from a data set with column text instead: a Hub id, streamed, or a path."},
+        metadata={
+            "help": "Books from a data set with column text instead: a Hub id, streamed, or a path; of its split train, but "
+            "for the tenths that evaluation reads where it has no other split."
+        },
     )
     num_digits: int = field(default=5, metadata={"help": "Digits of a pass key, but for --passkey_wording landmark."})
     passkey_wording: str = field(

@@ -53,7 +53,7 @@ def _background(tokenizer, options) -> Background:
     if background is not None and dataset is not None:
         raise UsageError(f"--background_dir and --background_dataset exclude each other; got {dataset} too. Name one")
     if dataset is not None:
-        background = Background.from_dataset(dataset, tokenizer)
+        background = Background.from_dataset(dataset, tokenizer, split=options["split"])
     elif background is None:  # prose of one split never occurs in another
         background = ProceduralProse(tokenizer, seed=f"{options['seed']}/{options['split']}")
     elif not isinstance(background, Background):

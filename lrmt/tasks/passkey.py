@@ -59,7 +59,7 @@ class PasskeyTask(Task):
             raise UsageError(f"--passkey_wording must be one of {', '.join(WORDINGS)}; got {got}")
         check_depth(depth)
         self.pieces = Pieces(tokenizer)
-        self.split, self.seed, self.depth = split, seed, depth
+        self.split, self.seed, self.num_digits, self.depth = split, seed, num_digits, depth
         self.task_line, self.question = self.pieces(WORDINGS[wording]), self.pieces(QUESTION)
         self.filler = join(map(self.pieces, FILLER))
         self.keys = (1, LANDMARK_KEYS + 1) if wording == "landmark" else (10 ** (num_digits - 1), 10**num_digits)
