@@ -21,3 +21,15 @@ TASK_LABELS = {
 
 #: every task whose answer is one of a few words
 LABELS = TASK_LABELS | dict.fromkeys(("memorize", "detect_memorize", "reasoning"), ROOMS)
+
+
+def is_answer(target: str, task: str) -> bool:
+    """Whether `target` can be the answer of a task of LABELS: a label of it or, of qa8, several."""
+    labels = LABELS[task]
+    return split_target(target, labels) <= set(labels) and (task == "qa8" or target.lower() in labels)
+
+
+def split_target(target: str, labels) -> set[str]:
+    """The labels in a target: qa8 answers with a list; "n,e" of qa19 is one label."""
+    target = target.lower()
+    return {target} if target in labels else set(target.split(","))

@@ -3,7 +3,9 @@
 import math
 import re
 
-from lrmt.labels import LABELS, TASK_LABELS
+from lrmt.labels import LABELS, TASK_LABELS, is_answer, split_target
+
+__all__ = ["RULES", "TASK_LABELS", "is_answer", "score", "wilson_interval"]
 
 RULES = ("official", "strict", "contains", "exact")
 
@@ -36,19 +38,7 @@ def score(target: str, output: str, question: str, task: str, rule: str = "offic
 def _labels_match(target, output, question, labels, whole_words):
     answer = output.lower().split(".")[0].split("<context>")[0].split("<example>")[0]
     mentioned = _find_labels(answer, labels, whole_words) - _find_labels(question.lower(), labels, whole_words)
-    return mentioned == _split_target(target, labels)
-
-
-def is_answer(target: str, task: str) -> bool:
-    """Whether `target` can be the answer of a bAbI task: a label of it or, of qa8, several."""
-    labels = TASK_LABELS[task]
-    return _split_target(target, labels) <= set(labels) and (task == "qa8" or target.lower() in labels)
-
-
-def _split_target(target, labels):
-    """qa8 answers with a list; "n,e" of qa19 is one label."""
-    target = target.lower()
-    return {target} if target in labels else set(target.split(","))
+    return mentioned == split_target(target, labels)
 
 
 def _find_labels(text, labels, whole_words):

@@ -195,6 +195,32 @@ class ProceduralProse(Background):
         return super()._choose(rng, num_tokens)
 
 
+def open_background(
+    tokenizer,
+    *,
+    background_dir: str | Path | Sequence[str | Path] | None = None,
+    background_dataset: str | None = None,
+    split: str = "train",
+    seed: int = 0,
+    longest: int = 0,
+) -> Background:
+    """Books of files or of a data set, or built-in prose; texts of one split never occur in another's, but for files.
+
+    A data set is read until there are `longest` tokens. Raises UsageError when both are named.
+    """
+    if background_dir is not None and background_dataset is not None:
+        raise UsageError(
+            "--background_dir and --background_dataset exclude each other; "
+            f"got {background_dir} and {background_dataset}. Name one"
+        )
+    if background_dataset is not None:
+        enough = max(MAX_DATASET_TOKENS, longest)
+        return Background.from_dataset(background_dataset, tokenizer, split=split, num_tokens=enough)
+    if background_dir is not None:
+        return Background(background_dir, tokenizer)
+    return ProceduralProse(tokenizer, seed=f"{seed}/{split}")
+
+
 def _load_or_tokenise(tokenizer, cache_dir, key: str, books: Iterable[list[str]], num_tokens: int | None = None):
     by = fingerprint_tokenizer(tokenizer)
     folder = cache_folder(cache_dir) / f"background-{digest(_CACHE_VERSION, str(MIN_SENTENCE_TOKENS), by, key)}"

@@ -16,8 +16,8 @@ from tqdm import tqdm
 import lrmt
 from lrmt.errors import UsageError, one_line, suggest
 from lrmt.lengths import parse_tokens, spell_length
-from lrmt.tasks import HAYSTACKS, Background, ProceduralProse, build_task
-from lrmt.tasks.background import MAX_DATASET_TOKENS
+from lrmt.tasks import HAYSTACKS, build_task
+from lrmt.tasks.background import open_background
 from lrmt.tasks.base import SPLITS
 from lrmt.tasks.cache import digest, fingerprint_tokenizer
 from lrmt.tasks.haystack import HaystackTask, Row
@@ -79,20 +79,14 @@ class GenerationSettings:
         """The tasks by name, over one background that is long enough for every length."""
         tokenizer = load_tokenizer(self.tokenizer or str(TINY_TOKENIZER))
         longest = max(map(self.context_length, self.lengths))
-        if self.background_dir is not None and self.background_dataset is not None:
-            raise UsageError(
-                "--background_dir and --background_dataset exclude each other; "
-                f"got {self.background_dir} and {self.background_dataset}. Name one"
-            )
-        if self.background_dir is not None:
-            background = Background(self.background_dir, tokenizer)
-        elif self.background_dataset is not None:
-            enough = max(MAX_DATASET_TOKENS, longest)
-            background = Background.from_dataset(
-                self.background_dataset, tokenizer, split=self.split, num_tokens=enough
-            )
-        else:
-            background = ProceduralProse(tokenizer, seed=f"{self.seed}/{self.split}")
+        background = open_background(
+            tokenizer,
+            background_dir=self.background_dir,
+            background_dataset=self.background_dataset,
+            split=self.split,
+            seed=self.seed,
+            longest=longest,
+        )
         if not self.repeat_background:
             background.reserve(longest)
         options = (
