@@ -13,7 +13,17 @@ from lrmt.tasks.needles import MemoryTask, NeedleTask
 from lrmt.tasks.passkey import PasskeyTask
 from lrmt.tasks.text import TextTask
 
-__all__ = ["Background", "Example", "MixedTask", "ProceduralProse", "Task", "build_task", "collate"]
+__all__ = [
+    "HAYSTACKS",
+    "Background",
+    "Example",
+    "MixedTask",
+    "ProceduralProse",
+    "Task",
+    "build_task",
+    "collate",
+    "open_background",
+]
 
 
 def _passkey(name, tokenizer, options):

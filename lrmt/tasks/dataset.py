@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lrmt.errors import UsageError, one_line
 from lrmt.labels import LABELS, is_answer
-from lrmt.lengths import parse_tokens
+from lrmt.lengths import parse_tokens, spell_length
 from lrmt.tasks.base import Example, Pieces, Task, check_segment, epoch_order, hold_out, join
 
 COLUMNS = ("input", "question", "target")  # the public BABILong schema
@@ -109,7 +109,7 @@ class StoredTask(Task):
     def __init__(self, name: str, tokenizer, dataset_path: str | Path, lengths: Iterable[str], **options):
         self.name, self._tokenizer = name, tokenizer
         self._path, self._options = dataset_path, options
-        self._lengths = {parse_tokens(length): length for length in lengths}
+        self._lengths = {parse_tokens(length): spell_length(length) for length in lengths}
         self._opened: tuple[int, DatasetTask] | None = None
         self._sizes, self.max_new_tokens = {}, 0
         for tokens, length in self._lengths.items():

@@ -225,7 +225,7 @@ def test_cells_are_sorted_and_told_once(adapter):
     ]  # fmt: skip
     settings = EvaluationSettings(str(adapter[0]), task=("qa1",), lengths=("4", "1k"), depths=(0.5, 0.0))
     assert settings.cells(SEGMENT) == [
-        ("qa1", 4, 0.5, "64"), ("qa1", 62, 0.5, "1k"), ("qa1", 4, 0.0, "64"), ("qa1", 62, 0.0, "1k"),
+        ("qa1", 4, 0.5, "64", 64), ("qa1", 62, 0.5, "1k", 992), ("qa1", 4, 0.0, "64", 64), ("qa1", 62, 0.0, "1k", 992),
     ]  # fmt: skip
 
 
