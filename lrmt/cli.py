@@ -11,10 +11,11 @@ EVALUATE = f"""\
 Accuracy by length with a 95 % confidence interval (Wilson), beside baselines measured in the same run (--baseline):
 {chr(10).join(f"  {name:15} {what}" for name, what in BASELINES.items())}
 
-Writes results.json (one record a cell: model, task, length_tokens, segments, accuracy, ci_low, ci_high, n, and length and
-depth if given; accuracy and interval in 0..1), heatmap.png, settings.json, and the answers to bAbI tasks as BABILong's leaderboard takes them
-(babilong_evals). Started again with the same settings, it keeps the finished cells and measures the others, further
---lengths, --task and --baseline included. Under accelerate launch the processes share the questions.
+Writes results.json (one record a cell: model, task, length_tokens, segments, accuracy, ci_low, ci_high, n; length, the
+name that was asked for, and depth, where given; accuracy and interval in 0..1), heatmap.png, settings.json, and the
+answers to bAbI tasks as BABILong's leaderboard takes them (babilong_evals). Started again with the same settings, it
+keeps the finished cells and measures the others, further --lengths, --task and --baseline included. Under accelerate
+launch the processes share the questions.
 
 --task perplexity --text_path PATH measures perplexity by context length instead, of the three on the same tokens: the
 last half segment before a drawn place of the text, after 1, 2, 4, … segments that end there. Writes perplexity.json
@@ -74,9 +75,9 @@ examples:
 
 REPORT = """\
 Draws results of several models side by side, with BABILong's published figures as reference rows in italics:
-report.png, report.md and report.csv, by task, model and context length. A text that was asked for by one of BABILong's
-lengths, or is within 5 % of one, stands in its column; of several --depths the mean is shown; qa1-5 is the mean over the
-five tasks.
+report.png, report.md and report.csv, by task, model and context length. A text that was asked for by a name (4k), or is
+within 5 % of one of BABILong's lengths, stands in its column; of several depths it is the mean; qa1-5 is the mean over
+the five tasks.
 """
 
 REPORT_EXAMPLES = """\

@@ -48,11 +48,10 @@ class DatasetTask(Task):
             raise UsageError("task dataset needs --dataset_name: a .jsonl or .parquet file, or a Hub dataset id")
         source = str(dataset_path)
         path = Path(source).expanduser()
-        files = find_files(path, dataset_split, dataset_config) if dataset_config and path.is_dir() else []
-        if files and not (path / CARD).is_file():
-            rows = _load("parquet" if files[0].endswith(".parquet") else "json", None, "train", data_files=files)
-        elif looks_local(source) and not (path / CARD).is_file():
-            rows = _read_file(path)
+        if looks_local(source) and not (path / CARD).is_file():
+            files = find_files(path, dataset_split, dataset_config) if dataset_config and path.is_dir() else []
+            kind = "parquet" if files and files[0].endswith(".parquet") else "json"
+            rows = _load(kind, None, "train", data_files=files) if files else _read_file(path)
         else:
             dataset_split = dataset_split or ("test" if split == "test" else "train")
             rows = _load(str(path) if path.is_dir() else source, dataset_config, dataset_split)
