@@ -217,7 +217,13 @@ def add_evaluate(commands):
         metavar="NAME",
         help="plain, landmark (the protocol of its paper: numbers 1 to 50000), longlora or infinitebench (default: plain)",
     )
-    add("--num_digits", type=int, default=5, metavar="N", help="of a pass key, as in training (default: 5)")
+    add(
+        "--num_digits",
+        type=int,
+        default=5,
+        metavar="N",
+        help="of a pass key, as in training, but for landmark (default: 5)",
+    )
     add(
         "--question_position",
         default="last",

@@ -163,7 +163,7 @@ LRMT = [
     ("evaluate --adapter_path run --task passkey --lengths none", ["--lengths", "none"]),
     ("evaluate --adapter_path run --task passkey --lengths 0", ["--lengths", "0"]),
     ("evaluate --adapter_path run --task qa1 --harness babilong_qa1", ["--harness", "stands alone", "--task too"]),
-    ("evaluate --adapter_path run --harness babilong_qa1 --num_digits 3 --top_k 2 --split train", ["--num_digits, --split too"]),
+    ("evaluate --adapter_path run --harness babilong_qa1 --num_digits 3 --top_k 2 --split train", ["--split, --num_digits too"]),
     ("evaluate --adapter_path run --harness babilong_qa1 --scoring strict --baseline", ["--baseline, --scoring too"]),
     ("evaluate --adapter_path run --task passkey --api_timeout 0", ["--api_timeout", "more than 0"]),
     ("evaluate --adapter_path run --task qa1 --lengths 400 --background_dir prose.txt", ["--repeat_background", "32,000"]),
