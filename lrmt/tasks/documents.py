@@ -65,7 +65,10 @@ def stream_share(name: str, config: str | None, split: str, flag: str) -> Iterat
                 yield _text_of(row, f"{at} row {number + 1}")
                 empty = False
     if empty:
-        raise UsageError(f"{at} has no document: no split of that name, and too few to share them; give more")
+        raise UsageError(
+            f"{at} has no document: no split of that name, and too few in all to share them; give more, or name a folder with "
+            "--background_dir"
+        )
 
 
 def _stream(name: str, config: str | None, **options):
