@@ -90,15 +90,25 @@ class TaskArguments(TrlScriptArguments):
         metadata={"help": "YAML or JSON file of other people, rooms, objects, … for simulated bAbI stories."},
     )
     background_dir: str | None = field(
-        default=None, metadata={"help": "Folder of .txt books that hide the facts; default: built-in procedural prose."}
+        default=None,
+        metadata={
+            "help": "Folder of .txt books that hide the facts, begun again where they end; name other ones for evaluation. "
+            "Default: built-in procedural prose."
+        },
     )
     background_dataset: str | None = field(
         default=None,
-        metadata={"help": "Books from a data set with column text instead: a Hub id, streamed, or a path."},
+        metadata={
+            "help": "Books from a data set with column text instead: a Hub id, streamed, or a path; of its split train, but "
+            "for the tenths that evaluation reads where it has no other split."
+        },
     )
-    num_digits: int = field(default=5, metadata={"help": "Digits of a pass key."})
+    num_digits: int = field(default=5, metadata={"help": "Digits of a pass key, but for --passkey_wording landmark."})
     passkey_wording: str = field(
-        default="landmark", metadata={"help": "Wording of the pass key task: landmark, longlora or infinitebench."}
+        default="plain",
+        metadata={
+            "help": "Wording of the pass key task: plain, landmark (numbers 1 to 50000), longlora or infinitebench."
+        },
     )
     question_position: str = field(
         default="last", metadata={"help": "Where BABILong's question stands: last, first or both."}

@@ -11,10 +11,11 @@ EVALUATE = f"""\
 Accuracy by length with a 95 % confidence interval (Wilson), beside baselines measured in the same run (--baseline):
 {chr(10).join(f"  {name:15} {what}" for name, what in BASELINES.items())}
 
-Writes results.json (one record a cell: model, task, length_tokens, segments, accuracy, ci_low, ci_high, n; accuracy
-and interval in 0..1), heatmap.png, settings.json, and the answers to bAbI tasks as BABILong's leaderboard takes them
-(babilong_evals). Started again with the same settings, it keeps the finished cells and measures the others, further
---lengths, --task and --baseline included. Under accelerate launch the processes share the questions.
+Writes results.json (one record a cell: model, task, length_tokens, segments, accuracy, ci_low, ci_high, n; length, the
+name that was asked for, and depth, where given; accuracy and interval in 0..1), heatmap.png, settings.json, and the
+answers to bAbI tasks as BABILong's leaderboard takes them (babilong_evals). Started again with the same settings, it
+keeps the finished cells and measures the others, further --lengths, --task and --baseline included. Under accelerate
+launch the processes share the questions.
 
 --task perplexity --text_path PATH measures perplexity by context length instead, of the three on the same tokens: the
 last half segment before a drawn place of the text, after 1, 2, 4, … segments that end there. Writes perplexity.json
@@ -29,6 +30,7 @@ examples:
   lrmt evaluate --adapter_path runs/qa1 --task qa1 qa2 qa3 --lengths 1 2 4 8 --baseline backbone sliding_window xl rag
   lrmt evaluate --adapter_path runs/passkey --task passkey --lengths 4 8 16 --depths 0 0.25 0.5 0.75 1
   lrmt evaluate --adapter_path runs/qa1 --harness babilong_qa1 --lengths 0k 4k --harness_data data/babilong
+  lrmt evaluate --adapter_path runs/qa1 --dataset_name RMT-team/babilong --task qa1 qa2 --lengths 0k 4k 128k
   lrmt evaluate --adapter_path runs/mine --dataset_name questions.jsonl
   lrmt evaluate --adapter_path runs/books --task perplexity --text_path books --split validation --lengths 1 2 4 8
 """
@@ -73,8 +75,9 @@ examples:
 
 REPORT = """\
 Draws results of several models side by side, with BABILong's published figures as reference rows in italics:
-report.png, report.md and report.csv, by task, model and context length. A text within 5 % of one of BABILong's lengths
-stands in its column; qa1-5 is the mean over the five tasks.
+report.png, report.md and report.csv, by task, model and context length. A text that was asked for by a name (4k), or is
+within 5 % of one of BABILong's lengths, stands in its column; of several depths it is the mean; qa1-5 is the mean over
+the five tasks.
 """
 
 REPORT_EXAMPLES = """\
@@ -110,6 +113,11 @@ examples:
   lrmt data show --task qa2 --lengths 4k --background_dir books
   lrmt data show --task niah_single --lengths 16k --depth 0.5 --index 3 --full
 """
+
+
+#: flags of `lrmt evaluate` that --harness takes too
+OF_HARNESS = ("adapter_path", "lengths", "num_samples", "batch_size", "seed", "load_in_4bit", *READING)
+OF_HARNESS += ("output_dir", "overwrite")
 
 
 class Parser(argparse.ArgumentParser):
@@ -155,7 +163,8 @@ def add_evaluate(commands):
         default=[],
         metavar="N",
         help="segments as plain numbers (8); tokens with k or M (4k, 1M; 1k = 1000), rounded down to whole segments so "
-        "that the question lies in the last one; 0k: facts without background (default: 1 2 4 8 16 32; of perplexity 1 2 4 8)",
+        "that the question lies in the last one; 0k: facts without background (default: 1 2 4 8 16 32; of perplexity 1 2 4 8); "
+        "with --dataset_name, its configurations",
     )
     add(
         "--text_path",
@@ -165,13 +174,14 @@ def add_evaluate(commands):
     )
     add(
         "--dataset_name",
-        metavar="FILE",
-        help="your own rows instead of --task: a .jsonl or .parquet file with columns input, question, target; right is "
-        "what equals the target (first line, case ignored); length_tokens is the mean. Or a Hub id, or a folder of lrmt "
-        "data build",
+        metavar="NAME",
+        help="stored rows with columns input, question, target. With --task and --lengths: a public set by its Hub id, or a "
+        "folder such as lrmt data build writes, with a configuration for each length and a split for each task. Without: "
+        "your own, a .jsonl or .parquet file or a Hub id; right is what equals the target (first line, case ignored); "
+        "length_tokens is the mean",
     )
-    add("--dataset_config", metavar="NAME", help="configuration of --dataset_name, which is its length: 4k")
-    add("--dataset_split", metavar="NAME", help="split of --dataset_name, which is its task: qa1 (default: test)")
+    add("--dataset_config", metavar="NAME", help="configuration of --dataset_name, of your own rows")
+    add("--dataset_split", metavar="NAME", help="split of --dataset_name, of your own rows (default: test)")
     add(
         "--num_samples",
         type=int,
@@ -188,10 +198,32 @@ def add_evaluate(commands):
     )
     add("--babi_dir", metavar="DIR", help="official bAbI files (qa1_test.txt, …); without it stories are simulated")
     add("--babi_vocabulary", metavar="FILE", help="YAML or JSON file of other people, rooms, … for simulated stories")
-    add("--background_dir", metavar="DIR", help="books (.txt) to hide the facts in; without it built-in prose")
-    add("--background_dataset", metavar="NAME", help="books from a data set with column text instead, as a Hub id")
-    add("--passkey_wording", default="landmark", metavar="NAME", help="landmark, longlora or infinitebench")
-    add("--num_digits", type=int, default=5, metavar="N", help="of a pass key, as in training (default: 5)")
+    add(
+        "--background_dir",
+        metavar="PATH",
+        help="books to hide the facts in, others than in training: a folder of .txt, a .txt or .jsonl file (default: "
+        "built-in prose)",
+    )
+    add(
+        "--background_dataset",
+        metavar="NAME",
+        help="books from a data set with column text instead: a Hub id or a path; its split of the name of --split, or a tenth "
+        "of train, which training on it leaves out",
+    )
+    add("--repeat_background", action="store_true", help="begin again where the books end before a text is full")
+    add(
+        "--passkey_wording",
+        default="plain",
+        metavar="NAME",
+        help="plain, landmark (the protocol of its paper: numbers 1 to 50000), longlora or infinitebench (default: plain)",
+    )
+    add(
+        "--num_digits",
+        type=int,
+        default=5,
+        metavar="N",
+        help="of a pass key, as in training, but for landmark (default: 5)",
+    )
     add(
         "--question_position",
         default="last",
@@ -222,8 +254,8 @@ def add_evaluate(commands):
         "--scoring",
         default="official",
         metavar="RULE",
-        help="of the qa tasks: official (BABILong's, where a target 'none' of qa7 never scores), strict (whole words, "
-        "mends that), contains, exact (default: official); passkey: first integer, always",
+        help="of qa1 … qa20, memorize, detect_memorize, reasoning: official (BABILong's, where a target 'none' of qa7 never "
+        "scores), strict (whole words, mends that), contains, exact (default: official); passkey, niah_single: first integer",
     )
     add("--output_dir", metavar="DIR", help="default: ADAPTER_PATH/evaluation, or ADAPTER_PATH/perplexity")
     add("--overwrite", action="store_true", help="replace an evaluation of other settings in --output_dir")
@@ -385,8 +417,8 @@ def add_generation(add):
     add(
         "--background_dataset",
         metavar="NAME",
-        help="books from a data set with column text instead: a Hub id such as emozilla/pg19, streamed, or a path "
-        "(default: built-in prose)",
+        help="books from a data set with column text instead: a Hub id such as emozilla/pg19, streamed, or a path; its split "
+        "of the name of --split, or a share of train (default: built-in prose)",
     )
     add("--repeat_background", action="store_true", help="begin again where the books end before a sample is full")
     add("--split", default="test", metavar="NAME", help="of the bAbI files: train, validation or test (default: test)")
@@ -422,10 +454,13 @@ def evaluate(options):
 
 
 def evaluate_harness(options, harness, harness_data, harness_prompt):
-    others = [f"--{name}" for name in ("task", "dataset_name", "text_path", "depths") if options[name]]
+    default = build_parser()[1]["evaluate"].get_default
+    others = [f"--{name}" for name, value in options.items() if name not in OF_HARNESS and value != default(name)]
     if harness is None or others:
         got = "--harness_data or --harness_prompt alone" if harness is None else f"{', '.join(others)} too"
-        raise UsageError(f"--harness NAME… stands alone, with --harness_data and --harness_prompt; got {got}")
+        raise UsageError(
+            f"--harness NAME… stands alone, with --harness_data, --harness_prompt and {', '.join(OF_HARNESS)}; got {got}"
+        )
     quiet_libraries()
     from lrmt.evaluation.harness import run_harness
 

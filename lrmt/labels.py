@@ -4,7 +4,7 @@ ROOMS = ("bathroom", "bedroom", "garden", "hallway", "kitchen", "office")
 YES_NO = ("no", "yes")
 DIRECTIONS = ("e,e", "e,n", "e,s", "n,e", "n,n", "n,w", "s,e", "s,s", "s,w", "w,n", "w,s", "w,w")
 
-# The answer sets of the bAbI files.
+#: the answer sets of the bAbI files
 TASK_LABELS = {
     **dict.fromkeys(("qa1", "qa2", "qa3", "qa4", "qa11", "qa12", "qa13"), ROOMS),
     "qa5": ("bill", "fred", "jeff", "mary", "apple", "football", "milk"),
@@ -18,3 +18,18 @@ TASK_LABELS = {
     "qa19": DIRECTIONS,
     "qa20": ("bedroom", "bored", "garden", "hungry", "kitchen", "thirsty", "tired"),
 }
+
+#: every task whose answer is one of a few words
+LABELS = TASK_LABELS | dict.fromkeys(("memorize", "detect_memorize", "reasoning"), ROOMS)
+
+
+def is_answer(target: str, task: str) -> bool:
+    """Whether `target` can be the answer of a task of LABELS: a label of it or, of qa8, several."""
+    labels = LABELS[task]
+    return split_target(target, labels) <= set(labels) and (task == "qa8" or target.lower() in labels)
+
+
+def split_target(target: str, labels) -> set[str]:
+    """The labels in a target: qa8 answers with a list; "n,e" of qa19 is one label."""
+    target = target.lower()
+    return {target} if target in labels else set(target.split(","))

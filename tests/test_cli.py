@@ -61,7 +61,7 @@ def run(capsys, *argv):
         ("evaluate --adapter_path ADAPTER --task qa1 --background_dir ADAPTER", "no .txt file"),
         ("evaluate --adapter_path ADAPTER --task qa1 --output_dir ADAPTER/config.json", "--output_dir"),
         ("evaluate --adapter_path ADAPTER --dataset_name missing.jsonl", "missing.jsonl does not exist"),
-        ("evaluate --adapter_path ADAPTER --dataset_name x.jsonl --task qa1", "leave out --task"),
+        ("evaluate --adapter_path ADAPTER --dataset_name x.jsonl --task qa1 --lengths 4k", "x.jsonl does not exist"),
         ("score", "FOLDER"),
         ("score nowhere", "FOLDER must be a folder"),
         ("score ADAPTER --outputdir x", "did you mean --output_dir?"),

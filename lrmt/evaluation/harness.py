@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import random
 import tempfile
 from importlib.util import find_spec
@@ -53,6 +54,10 @@ def run_harness(
         UsageError: before the model is loaded and before anything is written.
     """
     require_harness()
+    if (ranks := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+        raise UsageError(
+            f"--harness runs in one process; got {ranks}. Leave out accelerate launch, or say --num_processes 1"
+        )
     check_model_folder(adapter_path)
     folder = Path(output_dir) if output_dir else Path(adapter_path) / "harness"
     check_arguments(tasks, num_samples, batch_size, data_dir, prompt, folder, overwrite)

@@ -3,13 +3,13 @@
 import json
 import re
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 from lrmt.errors import UsageError, one_line, suggest
 from lrmt.evaluation.prompts import NEW_TOKENS
-from lrmt.tasks.dataset import COLUMNS
+from lrmt.tasks.dataset import COLUMNS, SUFFIXES, find_files
 
-SUFFIXES = (".json", ".jsonl", ".parquet")
 #: the harness' folders of long texts: reading these takes no time, reading all of them half a minute
 LONG_CONTEXT = ("babilong", "ruler", "infinitebench", "longbench", "longbench2")
 
@@ -83,7 +83,7 @@ def override(name, original, length, tokenizer, data_dir, answer) -> dict:
     if data_dir is None:
         return config
     key, label = (name.removeprefix("babilong_"), length or "0k") if is_babilong else (name, length)
-    files = find_files(Path(data_dir), key, label, required=is_babilong)
+    files = require_files(Path(data_dir), key, label, required=is_babilong)
     if files:
         split = original.cfg["test_split"]
         config["dataset_kwargs"] = {"files": files, "split": split}
@@ -102,17 +102,15 @@ def parse_tokens(length: str) -> int:
     return int(match[1]) * (1024 if match[2] else 1)
 
 
-def find_files(folder: Path, key: str, label: str | None, required: bool) -> list[str]:
-    """The files of a task at a length: LABEL/KEY or KEY/LABEL, shards included; KEY alone without a label."""
-    found = [path for path in sorted(folder.rglob("*")) if path.suffix in SUFFIXES]
-    names = {path: (path.parent.name, path.stem.split("-")[0]) for path in found}
-    files = [
-        str(path.resolve())
-        for path, (parent, stem) in names.items()
-        if (stem == key if label is None else {parent, stem} == {label, key})
-    ]
+def require_files(folder: Path, key: str, label: str | None, required: bool) -> list[str]:
+    """`find_files`; UsageError where there is none and one is required."""
+    files = find_files(folder, key, label)
     if required and not files:
-        there = ", ".join(str(path.relative_to(folder)) for path in found[:12]) or "no .json, .jsonl or .parquet file"
+        found = (path for path in sorted(folder.rglob("*")) if path.suffix in SUFFIXES)
+        there = (
+            ", ".join(str(path.relative_to(folder)) for path in islice(found, 12))
+            or "no .json, .jsonl or .parquet file"
+        )
         raise UsageError(f"--harness_data {folder} has no {label}/{key}.jsonl; it holds: {there}")
     return files
 

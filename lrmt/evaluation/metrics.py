@@ -3,7 +3,9 @@
 import math
 import re
 
-from lrmt.labels import TASK_LABELS
+from lrmt.labels import LABELS, TASK_LABELS, is_answer, split_target
+
+__all__ = ["RULES", "TASK_LABELS", "is_answer", "score", "wilson_interval"]
 
 RULES = ("official", "strict", "contains", "exact")
 
@@ -11,16 +13,15 @@ RULES = ("official", "strict", "contains", "exact")
 def score(target: str, output: str, question: str, task: str, rule: str = "official") -> bool:
     """Whether `output`, the decoded answer of a model, is right.
 
-    `rule` (bAbI tasks):
+    `rule` (bAbI tasks, and memorize, detect_memorize, reasoning, whose answers are rooms):
       official  first sentence, labels of the task found as substrings, minus those that the question names: exactly
                 the target must remain. Compatible to the letter with BABILong's own metric, its defect included: for
                 qa7 "one" is a substring of "none", so a target "none" never scores.
       strict    the same with whole-word labels, which mends qa7.
       contains  the target is a substring of the output, case ignored (as lm-evaluation-harness reports).
       exact     the first line equals the target, case and outer spaces ignored.
-    Tasks "passkey" and "niah_single": the first integer of the output equals the target, whatever the rule. Tasks
-    without a label set (memorize, …; task "dataset", the user's own rows) have no official rule: `official` and `strict`
-    mean `exact` there.
+    Tasks "passkey" and "niah_single": the first integer of the output equals the target, whatever the rule. The
+    user's own rows (task "dataset") have no labels: `official` and `strict` mean `exact` there.
     Raises ValueError for an unknown rule.
     """
     if rule not in RULES:
@@ -29,27 +30,15 @@ def score(target: str, output: str, question: str, task: str, rule: str = "offic
         return _first_integer(output) == int(target)
     if rule == "contains":
         return target.strip().lower() in output.lower()
-    if rule == "exact" or task not in TASK_LABELS:
+    if rule == "exact" or task not in LABELS:
         return _first_line(output) == target.strip().lower()
-    return _labels_match(target, output, question, TASK_LABELS[task], whole_words=rule == "strict")
+    return _labels_match(target, output, question, LABELS[task], whole_words=rule == "strict")
 
 
 def _labels_match(target, output, question, labels, whole_words):
     answer = output.lower().split(".")[0].split("<context>")[0].split("<example>")[0]
     mentioned = _find_labels(answer, labels, whole_words) - _find_labels(question.lower(), labels, whole_words)
-    return mentioned == _split_target(target, labels)
-
-
-def is_answer(target: str, task: str) -> bool:
-    """Whether `target` can be the answer of a bAbI task: a label of it or, of qa8, several."""
-    labels = TASK_LABELS[task]
-    return _split_target(target, labels) <= set(labels) and (task == "qa8" or target.lower() in labels)
-
-
-def _split_target(target, labels):
-    """qa8 answers with a list; "n,e" of qa19 is one label."""
-    target = target.lower()
-    return {target} if target in labels else set(target.split(","))
+    return mentioned == split_target(target, labels)
 
 
 def _find_labels(text, labels, whole_words):

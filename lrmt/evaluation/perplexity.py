@@ -27,7 +27,7 @@ def run_perplexity(settings: EvaluationSettings) -> list[dict]:
     lengths = [cell.segments for cell in settings.cells(segment_length)]
     # the longest text chooses the places: with another one, other tokens are scored
     identity = settings.identity() | {"longest of --lengths": lengths[-1]}
-    folder = ResultsFolder(settings.folder, identity, settings.overwrite, name="perplexity.json")
+    folder = ResultsFolder(settings.folder, identity, settings.overwrite, "perplexity.json", settings.defaults())
     tokenizer = load_tokenizer(settings.adapter_path)
     task = build_task("text", tokenizer, split=settings.split, seed=settings.seed, text_path=settings.text_path)
     task.example(0, lengths[-1] * segment_length)  # a text that is too short is refused here
@@ -35,7 +35,9 @@ def run_perplexity(settings: EvaluationSettings) -> list[dict]:
 
     model, contenders = open_contenders(settings)
     folder.prepare()
-    pending = [(n, [c for c in contenders if not folder.find(c.name, "perplexity", n)]) for n in lengths]
+    pending = [
+        (n, [c for c in contenders if not folder.find(c.name, "perplexity", n * segment_length)]) for n in lengths
+    ]
     pending = [(n, todo) for n, todo in pending if todo]
     with tqdm(total=sum(num_samples * len(todo) for _, todo in pending), unit="text", smoothing=0.05) as bar:
         for segments, todo in pending:

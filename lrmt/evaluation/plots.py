@@ -1,10 +1,11 @@
 """The heat map of BABILong, tasks by context size, red to green; that of retrieval; and perplexity by context length."""
 
 import io
-from collections import defaultdict
 from dataclasses import dataclass
 
 import numpy as np
+
+from lrmt.evaluation.results import pool_depths
 
 
 @dataclass(frozen=True)
@@ -25,20 +26,17 @@ class Panel:
 def draw_heatmap(records: list[dict]) -> bytes:
     """A PNG with a row for each (task, model), a column for each context size, and accuracies of 0..100.
 
-    Cells at several depths are one, their mean; cells that failed stay empty.
+    Cells at several depths are one, their mean; cells that failed, at one depth even, stay empty.
     """
     rows = list(dict.fromkeys((record["task"], record["model"]) for record in records))
     tasks = list(dict.fromkeys(task for task, _ in rows))
     rows.sort(key=lambda row: tasks.index(row[0]))
     columns = sorted({(record["length_tokens"], record["segments"]) for record in records})
-    cells = defaultdict(list)
-    for record in records:
+    grid = np.full((len(rows), len(columns)), np.nan)
+    for record in pool_depths(records):
         if record["accuracy"] is not None:
             row, column = (record["task"], record["model"]), (record["length_tokens"], record["segments"])
-            cells[rows.index(row), columns.index(column)].append(100 * record["accuracy"])
-    grid = np.full((len(rows), len(columns)), np.nan)
-    for place, values in cells.items():
-        grid[place] = np.mean(values)
+            grid[rows.index(row), columns.index(column)] = 100 * record["accuracy"]
     return draw_panels(
         [
             Panel(

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from lrmt.errors import UsageError, one_line, suggest
 from lrmt.evaluation.metrics import TASK_LABELS
 from lrmt.evaluation.published import MEAN, PAPERS, published_records
 from lrmt.evaluation.rescore import RULES
-from lrmt.evaluation.results import check_not_there, write_files
+from lrmt.evaluation.results import PLACE, check_not_there, pool_depths, write_files
 from lrmt.evaluation.settings import TASKS
 from lrmt.evaluation.submission import count_tokens, describe_variant
 
@@ -78,6 +79,11 @@ def check_request(paths, task, names, scoring):
         raise UsageError(f"--scoring must be one of {', '.join(RULES)}; got {scoring!r}{suggest(scoring, RULES)}")
 
 
+def read_length(record: dict) -> int:
+    """The length that was asked for, by its name where it has one: "4k" is 4000 tokens, if fewer were left of it."""
+    return count_tokens(record["length"]) if "length" in record else record["length_tokens"]
+
+
 def find_column(tokens: int) -> int:
     """BABILong's own length where `tokens` is near one, else `tokens`."""
     return next((length for length in NOMINAL if abs(tokens - length) <= TOLERANCE * length), tokens)
@@ -107,7 +113,7 @@ def read_series(path: Path, name: str | None, scoring: str) -> list[Series]:
             return f"{model} ({describe_variant(record['variant'])})" if len(variants) > 1 else model
 
     else:
-        rule = read_rule(path)
+        rule, records = read_rule(path), pool_depths(records)
 
         def label(record):
             suffix = f" ({rule})" if rule not in (None, scoring) and record["task"] in TASK_LABELS else ""
@@ -127,8 +133,8 @@ def build_series(records: list[dict], label) -> list[Series]:
     series = []
     for name, group in found.items():
         cells = {}
-        for record in sorted(group, key=lambda r: abs(r["length_tokens"] - find_column(r["length_tokens"]))):
-            task, column = record["task"], find_column(record["length_tokens"])
+        for record in sorted(group, key=lambda r: abs(read_length(r) - find_column(read_length(r)))):
+            task, column = record["task"], find_column(read_length(record))
             cells[task, record["length_tokens"] if (task, column) in cells else column] = record
         series.append(Series(name, cells, group[0].get("paper")))
     return series
@@ -146,7 +152,7 @@ def read_records(path: Path) -> list[dict]:
     if not records:
         raise UsageError(f"{path} holds no record yet; finish the evaluation, or leave it out")
     for number, record in enumerate(records, 1):
-        for key in KEYS:
+        for key in (*KEYS, *PLACE, "n") if "depth" in record else KEYS:
             if key not in record:
                 raise UsageError(f"{path} record {number} has no {key!r}; name a results.json or scores.json")
         if record["task"] not in ORDER:
@@ -155,6 +161,8 @@ def read_records(path: Path) -> list[dict]:
             raise UsageError(
                 f"{path} record {number}: length_tokens {record['length_tokens']!r} is no number; write the file again"
             )
+        if "length" in record and not re.fullmatch(r"\d+[kM]?", str(record["length"])):
+            raise UsageError(f"{path} record {number}: length {record['length']!r} is no length; write the file again")
         accuracy = record["accuracy"]  # None: the cell failed
         if accuracy is not None and not (isinstance(accuracy, int | float) and 0 <= accuracy <= 1):
             raise UsageError(f"{path} record {number}: accuracy {accuracy!r} is not in 0..1; write the file again")
@@ -206,7 +214,7 @@ def format_markdown(series: list[Series], scoring: str) -> str:
 
     rows, lengths = arrange(series)
     lines = [
-        f"Accuracy in %; scored predictions under the rule `{scoring}`.",
+        f"Accuracy in %, of several depths the mean; scored predictions under the rule `{scoring}`.",
         "",
         "| task | model | " + " | ".join(map(format_tokens, lengths)) + " |",
         "|---|---|" + "---:|" * len(lengths),

@@ -7,6 +7,11 @@ from pathlib import Path
 from lrmt.errors import UsageError
 from lrmt.evaluation.metrics import wilson_interval
 
+PLACE = ("model", "task", "length_tokens", "segments")
+
+#: keys of an identity that may come later, for they change no column that is there: settings of one baseline
+JOINING = ("rag",)
+
 
 def build_record(model: str, task: str, length_tokens: int, segments: int, successes: int, n: int) -> dict:
     """One line of results.json; `accuracy`, `ci_low` and `ci_high` (95 %, Wilson) are in 0..1."""
@@ -30,16 +35,44 @@ def build_failed_record(model: str, task: str, length_tokens: int, segments: int
     return shape | unknown | {"n": n, "error": error}
 
 
+def pool_depths(records: list[dict]) -> list[dict]:
+    """The records, but one for all depths of a model, task and length: the mean, its interval from all answers.
+
+    A depth that failed fails its cell.
+    """
+    cells = {}
+    for record in records:
+        cells.setdefault(tuple(record[key] for key in PLACE), []).append(record)
+    return [cell[0] if len(cell) == 1 else _pool(place, cell) for place, cell in cells.items()]
+
+
+def _pool(place, cell: list[dict]) -> dict:
+    n, failed = sum(record["n"] for record in cell), [record for record in cell if record["accuracy"] is None]
+    if failed:
+        whole = build_failed_record(*place, n, failed[0].get("error", ""))
+    else:
+        whole = build_record(*place, round(sum(record["accuracy"] * record["n"] for record in cell)), n)
+    return {key: value for key, value in cell[0].items() if key != "depth"} | whole
+
+
 class ResultsFolder:
     """An output folder: records (`name`), a figure, and settings.json, which says of which evaluation they are.
 
-    Opening reads and checks but writes nothing. Raises UsageError for a folder that holds anything else, unless
-    `overwrite`; other files are never touched.
+    Opening reads and checks but writes nothing. A key of the identity that settings.json lacks is what `defaults` says, but
+    one of JOINING may come later. Raises UsageError for a folder that holds anything else, unless `overwrite`, when
+    `replaced` are the models of the records that are lost; other files are never touched.
     """
 
-    def __init__(self, path, identity: dict, overwrite: bool = False, name: str = "results.json"):
+    def __init__(self, path, identity: dict, overwrite=False, name="results.json", defaults: dict | None = None):
         self.path, self.identity, self.name, self.records = Path(path), identity, name, []
+        self.defaults, self.replaced = defaults or {}, self._read_models() if overwrite else ()
         self.resumed = not overwrite and self._read()
+
+    def _read_models(self) -> tuple[str, ...]:
+        try:
+            return tuple({record["model"] for record in json.loads((self.path / self.name).read_text())})
+        except (OSError, ValueError, KeyError, TypeError):
+            return ()
 
     def _read(self) -> bool:
         if not self.path.is_dir() or not any(self.path.iterdir()):
@@ -51,8 +84,9 @@ class ResultsFolder:
         except (OSError, ValueError):
             raise UsageError(f"--output_dir {self.path} is not empty and holds no evaluation; {remedy}") from None
         for key, value in self.identity.items():
-            if key in found and found[key] != value:
-                was, now = (json.dumps(v) for v in (found[key], value))
+            before = found.get(key, value if key in JOINING else self.defaults.get(key))
+            if before != value:
+                was, now = json.dumps(before), json.dumps(value)
                 raise UsageError(
                     f"--output_dir {self.path} holds another evaluation ({key} {was}, now {now}); {remedy}"
                 )
@@ -69,11 +103,11 @@ class ResultsFolder:
         except OSError as error:
             raise UsageError(f"--output_dir {self.path} cannot be written ({error.strerror}); name another") from None
 
-    def find(self, model: str, task: str, segments: int | None, depth: float | None = None) -> dict | None:
-        """The record of a cell that is finished; `segments` None means any."""
+    def find(self, model: str, task: str, tokens: int | None, depth: float | None = None) -> dict | None:
+        """The record of a cell that is finished; `tokens` None means any length."""
         for record in self.records:
             place = (record["model"], record["task"], record.get("depth"))
-            if place == (model, task, depth) and segments in (None, record["segments"]) and "error" not in record:
+            if place == (model, task, depth) and tokens in (None, record["length_tokens"]) and "error" not in record:
                 return record
         return None
 
@@ -81,7 +115,7 @@ class ResultsFolder:
         """Keeps new records, on disk too if this process is to `write`; one of a cell that failed takes the other's place."""
 
         def place(record):
-            return tuple(record.get(key) for key in ("model", "task", "segments", "depth"))
+            return tuple(record.get(key) for key in ("model", "task", "length_tokens", "depth"))
 
         new = {place(record) for record in records}
         self.records = [record for record in self.records if place(record) not in new] + records

@@ -16,10 +16,13 @@ from lrmt.evaluation.plots import draw_depths, draw_heatmap
 from lrmt.evaluation.prompts import count_new_tokens
 from lrmt.evaluation.results import ResultsFolder, format_table
 from lrmt.evaluation.settings import READING, Cell, EvaluationSettings
-from lrmt.evaluation.submission import Predictions, build_variant, write_predictions
-from lrmt.labels import TASK_LABELS
+from lrmt.evaluation.submission import Predictions, build_variant, remove_predictions, write_predictions
+from lrmt.labels import LABELS, TASK_LABELS
 from lrmt.models import LongContextConfig
-from lrmt.tasks import Background, build_task
+from lrmt.tasks import HAYSTACKS, Background, build_task, open_background
+from lrmt.tasks.dataset import DatasetTask, StoredTask
+
+PREDICTIONS = "babilong_evals"  # folder of the answers
 
 
 def run_evaluation(settings: EvaluationSettings) -> list[dict]:
@@ -31,23 +34,20 @@ def run_evaluation(settings: EvaluationSettings) -> list[dict]:
     ranks = PartialState()
     segment_length = read_segment_length(settings.adapter_path)
     cells = settings.cells(segment_length)
-    folder = ResultsFolder(settings.folder, settings.identity(), settings.overwrite)
+    folder = ResultsFolder(settings.folder, settings.identity(), settings.overwrite, defaults=settings.defaults())
     tokenizer = load_tokenizer(settings.adapter_path)
+    background = build_background(settings, tokenizer, max(cell.tokens or 0 for cell in cells))
     tasks = {
-        depth: build_tasks(settings, tokenizer, segment_length, depth)
+        depth: build_tasks(settings, tokenizer, segment_length, depth, background)
         for depth in dict.fromkeys(c.depth for c in cells)
     }
 
-    def length_of(cell):
-        return None if cell.segments is None else cell.segments * segment_length
-
     samples = {
-        cell: count_samples(tasks[cell.depth][cell.task], length_of(cell) or 0, settings.num_samples) for cell in cells
+        cell: count_samples(tasks[cell.depth][cell.task], cell.tokens or 0, settings.num_samples) for cell in cells
     }
-    shortest = {(cell.task, cell.depth): cell for cell in reversed(cells)}
-    first = {  # a length that nothing fits into is refused here
-        (name, depth): tasks[depth][name].example(0, length_of(cell) or 0) for (name, depth), cell in shortest.items()
-    }
+    first = {}  # a length that nothing fits into is refused here
+    for cell in reversed(cells) if settings.dataset_name is None else ():
+        first[cell.task, cell.depth] = tasks[cell.depth][cell.task].example(0, cell.tokens)
     endpoint = build_endpoint_contender(settings, tokenizer) if settings.api_model else None
     model, contenders = open_contenders(settings, tokenizer)
     for show in filter(None, (contender.show for contender in contenders)):
@@ -57,11 +57,14 @@ def run_evaluation(settings: EvaluationSettings) -> list[dict]:
     ranks.wait_for_everyone()  # until all have read the folder
     if ranks.is_main_process:
         folder.prepare()
-    pending = {cell: [c for c in contenders if not folder.find(c.name, *cell[:3])] for cell in cells}
+        remove_predictions(folder.path / PREDICTIONS, folder.replaced)
+    pending = {
+        cell: [c for c in contenders if not folder.find(c.name, cell.task, cell.tokens, cell.depth)] for cell in cells
+    }
     pending = {cell: todo for cell, todo in pending.items() if todo}
     kept = {
         cell: KeptAnswers(
-            folder.path / "answers" / endpoint.name.replace("/", "_") / f"{name_file(cell, length_of(cell))}.jsonl",
+            folder.path / "answers" / endpoint.name.replace("/", "_") / f"{name_file(cell, cell.tokens)}.jsonl",
             fresh=not folder.resumed,
             write=ranks.is_main_process,
         )
@@ -72,7 +75,7 @@ def run_evaluation(settings: EvaluationSettings) -> list[dict]:
         typical = []
         for cell in kept:
             task, missing = tasks[cell.depth][cell.task], samples[cell] - len(kept[cell].answers)
-            prompt = endpoint.prompt(task.example(0, length_of(cell) or 0))
+            prompt = endpoint.prompt(task.example(0, cell.tokens or 0))
             typical.append((prompt, missing, count_new_tokens(task)))
         cost = endpoint.endpoint.estimate_cost(typical, settings.api_input_price, settings.api_output_price)
         print(f"{endpoint.name}: {cost}", flush=True)
@@ -89,7 +92,7 @@ def run_evaluation(settings: EvaluationSettings) -> list[dict]:
             records, answers = measure_cell(
                 todo,
                 task,
-                length_of(cell),
+                cell.tokens,
                 tokenizer=tokenizer,
                 segment_length=segment_length,
                 num_samples=samples[cell],
@@ -99,8 +102,7 @@ def run_evaluation(settings: EvaluationSettings) -> list[dict]:
                 progress=bar,
                 kept=kept.get(cell),
             )
-            if cell.depth is not None:
-                records = [record | {"depth": cell.depth} for record in records]
+            records = [record | describe_cell(cell) for record in records]
             if ranks.is_main_process:
                 if endpoint in todo:
                     kept[cell].add(answers[endpoint.name])  # of all ranks
@@ -111,6 +113,16 @@ def run_evaluation(settings: EvaluationSettings) -> list[dict]:
     if ranks.is_main_process:
         finish(folder, settings)
     return folder.records
+
+
+def describe_cell(cell: Cell) -> dict:
+    """What a record tells of its cell: the nominal length, its name where it has one, the depth."""
+    told = {}
+    if cell.tokens is not None:
+        told = {"length_tokens": cell.tokens, "segments": cell.segments}
+    if cell.name not in ("", str(cell.tokens)):
+        told["length"] = cell.name
+    return told if cell.depth is None else told | {"depth": cell.depth}
 
 
 def finish(folder: ResultsFolder, settings: EvaluationSettings):
@@ -124,7 +136,7 @@ def finish(folder: ResultsFolder, settings: EvaluationSettings):
     for record in folder.records:
         if "error" in record:
             print(f"{record['model']} failed on {record['task']}, {record['segments']} segments: {record['error']}")
-    if any(record["task"].startswith("qa") for record in folder.records):
+    if any(record["task"] in LABELS for record in folder.records):
         print(f"scoring {settings.scoring}; ", end="")
     print(f"{' and '.join([', '.join(drawn[:-1]), drawn[-1]])} are in {folder.path}")
 
@@ -134,7 +146,7 @@ def is_hopeless(records: list[dict], model: str, cell: Cell, threshold: float | 
     return threshold is not None and any(
         (r["model"], r["task"], r.get("depth")) == (model, cell.task, cell.depth)
         and "error" not in r
-        and r["segments"] < (cell.segments or 0)
+        and r["length_tokens"] < (cell.tokens or 0)
         and r["ci_high"] < threshold
         for r in records
     )
@@ -161,7 +173,7 @@ def keep_predictions(path, settings: EvaluationSettings, cell: Cell, contender, 
         [(a.target, a.output, a.question) for a in answers],
     )
     generation = contender.describe_generation(count_new_tokens(task))
-    write_predictions(path / "babilong_evals", predictions, prompt, generation)
+    write_predictions(path / PREDICTIONS, predictions, prompt, generation)
 
 
 @contextlib.contextmanager
@@ -201,21 +213,43 @@ def load_on_device(settings):
     return model if hasattr(model, "disable_adapter") else model.to(device)
 
 
-def build_tasks(settings: EvaluationSettings, tokenizer, segment_length: int, depth: float | None = None) -> dict:
-    """The tasks by name; they share one background, that of the first where none is named."""
-    background = None if settings.background_dir is None else Background(settings.background_dir, tokenizer)
-    tasks = {}
-    for name in settings.task or ("dataset",):
-        tasks[name] = build_task(
+def build_background(settings: EvaluationSettings, tokenizer, longest: int) -> Background | None:
+    """What hides the facts in all tasks; None where none has any. UsageError where it is too short for `longest` tokens."""
+    if settings.dataset_name or not HAYSTACKS.keys() & set(settings.task):
+        return None
+    background = open_background(
+        tokenizer,
+        background_dir=settings.background_dir,
+        background_dataset=settings.background_dataset,
+        split=settings.split,
+        seed=settings.seed,
+        longest=longest,
+    )
+    if not settings.repeat_background:
+        background.reserve(longest)
+    return background
+
+
+def build_tasks(
+    settings: EvaluationSettings,
+    tokenizer,
+    segment_length: int,
+    depth: float | None = None,
+    background: Background | None = None,
+) -> dict:
+    """The tasks by name."""
+    common = {"split": settings.split, "seed": settings.seed, "segment_length": segment_length}
+    if settings.dataset_name and settings.task:
+        stored = dict.fromkeys(settings.task)
+        return {name: StoredTask(name, tokenizer, settings.dataset_name, settings.lengths, **common) for name in stored}
+    return {
+        name: build_task(
             name,
             tokenizer,
-            split=settings.split,
-            seed=settings.seed,
+            **common,
             babi_dir=settings.babi_dir,
             babi_vocabulary=settings.babi_vocabulary,
             background=background,
-            background_dataset=None if background is not None else settings.background_dataset,
-            segment_length=segment_length,
             dataset_path=settings.dataset_name,
             dataset_config=settings.dataset_config,
             dataset_split=settings.dataset_split,
@@ -225,15 +259,15 @@ def build_tasks(settings: EvaluationSettings, tokenizer, segment_length: int, de
             max_n_facts=settings.max_n_facts,
             depth=depth,
         )
-        background = getattr(tasks[name], "background", background)
-    return tasks
+        for name in settings.task or ("dataset",)
+    }
 
 
 def count_samples(task, length: int, num_samples: int | None) -> int:
-    """As many as asked for and there are; by default 100 of a task, all of the user's own rows."""
+    """As many as asked for and there are; by default 100 of a generated task, and all stored rows."""
     available = task.num_examples(length)
     if num_samples is None:
-        num_samples = available if task.name == "dataset" else 100
+        num_samples = available if isinstance(task, DatasetTask | StoredTask) else 100
     return num_samples if available is None else min(num_samples, available)
 
 

@@ -2,14 +2,15 @@
 
 import hashlib
 import re
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import MISSING, dataclass, fields
+from functools import cache, cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 from lrmt import __version__
 from lrmt.errors import UsageError, suggest
 from lrmt.evaluation.metrics import RULES, TASK_LABELS
+from lrmt.lengths import parse_tokens, spell_length
 
 NEEDLES = ("niah_single", "memorize", "detect_memorize", "reasoning")
 TASKS = ("passkey", *sorted(TASK_LABELS, key=lambda name: int(name[2:])), *NEEDLES)
@@ -36,7 +37,7 @@ READING = ("top_k", "retrieval", "offload_blocks")
 
 
 class Cell(NamedTuple):
-    """One square of the grid. `segments`: length, None for rows as they are, 0 for facts without any background (0k).
+    """One square of the grid. `segments`, `tokens`: length, None for own rows, 0 for facts without any background (0k).
 
     `depth`: share of the text before its first fact, None for anywhere. `name`: of the length, "4k" or tokens.
     """
@@ -45,6 +46,7 @@ class Cell(NamedTuple):
     segments: int | None
     depth: float | None = None
     name: str = ""
+    tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,9 @@ class EvaluationSettings:
     babi_vocabulary: str | None = None
     background_dir: str | None = None
     background_dataset: str | None = None
+    repeat_background: bool = False
     num_digits: int = 5
-    passkey_wording: str = "landmark"
+    passkey_wording: str = "plain"
     question_position: str = "last"
     max_n_facts: int | None = None
     load_in_4bit: bool | None = None
@@ -116,17 +119,22 @@ class EvaluationSettings:
                 f"--scoring {self.scoring} knows the labels of the bAbI files only, not those of --babi_vocabulary "
                 f"{self.babi_vocabulary}; give --scoring exact or contains"
             )
-        for flag in ("babi_dir", "background_dir"):
-            folder = getattr(self, flag)
-            if folder is not None and not Path(folder).is_dir():
-                raise UsageError(f"--{flag} must be a folder; got {folder}")
+        if self.babi_dir is not None and not Path(self.babi_dir).is_dir():
+            raise UsageError(f"--babi_dir must be a folder; got {self.babi_dir}")
         if self.background_dir is not None and self.background_dataset is not None:
             raise UsageError(
                 "--background_dir and --background_dataset exclude each other; "
                 f"got {self.background_dir} and {self.background_dataset}. Name one"
             )
-        if self.background_dir is not None and not any(Path(self.background_dir).rglob("*.txt")):
-            raise UsageError(f"--background_dir {self.background_dir} holds no .txt file; name a folder of text books")
+        if self.background_dir is not None and not Path(self.background_dir).is_file():
+            if not Path(self.background_dir).is_dir():
+                raise UsageError(
+                    f"--background_dir must be a folder of .txt, a .txt or .jsonl file; got {self.background_dir}"
+                )
+            if not any(Path(self.background_dir).rglob("*.txt")):
+                raise UsageError(
+                    f"--background_dir {self.background_dir} holds no .txt file; name a folder of text books"
+                )
         if self.folder.exists() and not self.folder.is_dir():
             raise UsageError(f"--output_dir must be a folder; {self.folder} is a file")
 
@@ -147,27 +155,33 @@ class EvaluationSettings:
             raise UsageError(f"--stop_below must lie in (0, 1]; got {self.stop_below}")
         if self.rag_chunks != "sentences" and not (self.rag_chunks.isdigit() and int(self.rag_chunks) > 0):
             raise UsageError(f"--rag_chunks must be sentences, or tokens of a passage; got {self.rag_chunks!r}")
-        if self.rag_top_k < 1:
-            raise UsageError(f"--rag_top_k must be at least 1; got {self.rag_top_k}")
+        for flag, least in (("rag_top_k", 1), ("api_concurrency", 1), ("api_max_retries", 0)):
+            if getattr(self, flag) < least:
+                raise UsageError(f"--{flag} must be at least {least}; got {getattr(self, flag)}")
+        if not self.api_timeout > 0:
+            raise UsageError(f"--api_timeout must be more than 0 seconds; got {self.api_timeout}")
         if self.rag_order not in RAG_ORDERS:
             got = f"{self.rag_order!r}{suggest(self.rag_order, RAG_ORDERS)}"
             raise UsageError(f"--rag_order must be one of {', '.join(RAG_ORDERS)}; got {got}")
 
     @property
     def rag(self) -> dict:
-        """Settings of baseline rag, as `baselines.RagSettings` takes them."""
+        """Settings of baseline rag, as `baselines.build_contenders` takes them."""
         chunks = self.rag_chunks if self.rag_chunks == "sentences" else int(self.rag_chunks)
         return {"chunks": chunks, "top_k": self.rag_top_k, "order": self.rag_order, "model": self.rag_model}
 
     def _check_generated_tasks(self):
         if not self.task:
             raise UsageError(f"give --task ({KNOWN_TASKS}) or --dataset_name (a .jsonl file of your own rows)")
+        self._check_tasks()
+        for length in self.lengths:
+            parse_length(length)
+
+    def _check_tasks(self):
         for name in self.task:
             if name not in TASKS:
                 got = f"{name!r}{suggest(name, (*TASKS, 'perplexity'))}"
                 raise UsageError(f"--task must be one of {KNOWN_TASKS}; got {got}")
-        for length in self.lengths:
-            parse_length(length)
 
     def _check_perplexity(self):
         if not self.measures_perplexity:
@@ -190,10 +204,33 @@ class EvaluationSettings:
                 raise UsageError(f"--lengths must be at least one segment for perplexity; got {length!r}")
 
     def _check_dataset(self):
-        if self.task or self.lengths or self.depths:
-            raise UsageError("--dataset_name takes the rows as they are; leave out --task, --lengths and --depths")
-        if self.dataset_name.endswith((".jsonl", ".parquet")) and not Path(self.dataset_name).is_file():
+        if self.depths:
+            raise UsageError("--dataset_name takes the rows as they are; leave out --depths")
+        of_one_file = self.dataset_name.endswith((".jsonl", ".parquet"))
+        if of_one_file and not Path(self.dataset_name).is_file():
             raise UsageError(f"--dataset_name {self.dataset_name} does not exist; its columns: input, question, target")
+        if bool(self.task) != bool(self.lengths):
+            raise UsageError(
+                "--task and --lengths name splits and configurations of --dataset_name (qa1, 4k); got "
+                f"{'--task' if self.task else '--lengths'} alone. Give both, or none for rows of your own"
+            )
+        if self.task:
+            self._check_tasks()
+            if of_one_file or self.dataset_config or self.dataset_split:
+                got = (
+                    f"--dataset_name {self.dataset_name}" if of_one_file else "--dataset_config or --dataset_split too"
+                )
+                raise UsageError(
+                    f"--task and --lengths choose from a Hub id or a folder with a configuration for each length; got {got}. "
+                    "Leave out either"
+                )
+            for length in self.lengths:
+                parse_tokens(length)
+        elif self.dataset_split in TASKS:
+            raise UsageError(
+                f"--dataset_split {self.dataset_split} is a task, and rows of your own are not scored as one; give --task "
+                f"{self.dataset_split} --lengths {self.dataset_config or '4k'} instead"
+            )
 
     @property
     def folder(self) -> Path:
@@ -207,21 +244,27 @@ class EvaluationSettings:
 
     def cells(self, segment_length: int) -> list[Cell]:
         """What to measure, without repeats, shorter texts first; the user's own rows have no set length (None)."""
-        if self.dataset_name:
+        if self.dataset_name and not self.task:
             return [Cell("dataset", None)]
         default = PERPLEXITY_LENGTHS if self.measures_perplexity else DEFAULT_LENGTHS
-        named = {parse_length(text, segment_length): text for text in self.lengths or default}
+        names = {}  # of lengths, by their tokens
+        for text in self.lengths or default:
+            if self.dataset_name:
+                names[parse_tokens(text)] = spell_length(text)
+            else:
+                tokens = parse_length(text, segment_length) * segment_length
+                names[tokens] = str(tokens) if text.isdigit() else spell_length(text)
         return [
-            Cell(task, n, depth, named[n] if re.fullmatch(r"\d+[kM]", named[n]) else str(n * segment_length))
+            Cell(task, -(-tokens // segment_length), depth, names[tokens], tokens)
             for task in dict.fromkeys(self.task)
             for depth in dict.fromkeys(self.depths or (None,))
-            for n in sorted(named)
+            for tokens in sorted(names)
         ]
 
     def identity(self) -> dict:
         """Whatever changes a measurement; two runs of one identity may share an output folder.
 
-        Tasks and lengths are not part of it (they name cells), nor is the batch size.
+        Tasks, lengths and the endpoint's model are not part of it (they name cells), nor is the batch size.
         """
         identity = {
             "adapter": fingerprint(self.adapter_path),
@@ -232,13 +275,13 @@ class EvaluationSettings:
             "load_in_4bit": self.load_in_4bit,
             "top_k": self.top_k,
             "retrieval": self.retrieval,
-            "dataset_name": fingerprint_text(self.dataset_name),
+            "dataset_name": fingerprint_rows(self.dataset_name),
             "dataset_config": self.dataset_config,
             "dataset_split": self.dataset_split,
-            "text_path": fingerprint_text(self.text_path),
-            "babi_dir": resolve(self.babi_dir),
+            "text_path": fingerprint(self.text_path, "**/*.txt"),
+            "babi_dir": fingerprint(self.babi_dir, "*.txt"),
             "babi_vocabulary": fingerprint(self.babi_vocabulary),
-            "background_dir": resolve(self.background_dir),
+            "background_dir": fingerprint(self.background_dir, "**/*.txt"),
             "background_dataset": self.background_dataset,
             "num_digits": self.num_digits,
             "passkey_wording": self.passkey_wording,
@@ -248,9 +291,12 @@ class EvaluationSettings:
         }
         if "rag" in self.baseline:
             identity["rag"] = self.rag
-        if "api" in self.baseline:
-            identity["api_model"] = self.api_model
         return identity
+
+    @classmethod
+    def defaults(cls) -> dict:
+        """What a key of `identity` is where a folder from before it existed does not tell."""
+        return {field.name: field.default for field in fields(cls) if field.default is not MISSING}
 
 
 @dataclass(frozen=True)
@@ -335,25 +381,32 @@ def parse_length(text: str, segment_length: int | None = None) -> int:
     return segments
 
 
-def fingerprint(path) -> str | None:
-    """A digest of the file, or of the weights and configurations in the folder; a name that is neither stays as it is."""
+def fingerprint(path, *patterns: str) -> str | None:
+    """A digest of the file, or of those of the folder (default: weights and configurations); other names stay as they are."""
     if path is None or not Path(path).exists():
         return path
-    path = Path(path)
+    path, patterns = Path(path), patterns or ("*.safetensors", "*config.json")
+    files = [path] if path.is_file() else sorted({file for pattern in patterns for file in path.glob(pattern)})
     digest = hashlib.sha256()
-    files = [path] if path.is_file() else sorted([*path.glob("*.safetensors"), *path.glob("*config.json")])
     for file in files:
-        digest.update(file.name.encode())
-        with open(file, "rb") as stream:
-            while block := stream.read(1 << 22):
-                digest.update(block)
+        stat = file.stat()
+        digest.update(file.name.encode() + digest_file(file, stat.st_mtime_ns, stat.st_size))
     return digest.hexdigest()[:16]
 
 
-def fingerprint_text(path) -> str | None:
-    """A digest of the file; the place of a folder; a name that is neither stays as it is."""
-    return resolve(path) if path is not None and Path(path).is_dir() else fingerprint(path)
+@cache
+def digest_file(file: Path, *stamp) -> bytes:
+    """A digest of the content; `stamp` tells it from what the file held before."""
+    digest = hashlib.sha256()
+    with open(file, "rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    return digest.digest()
 
 
-def resolve(path) -> str | None:
-    return None if path is None else str(Path(path).resolve())
+def fingerprint_rows(path) -> str | None:
+    """A digest of the file; of a folder, of what `lrmt data build` says of it, which further files do not change, or its place."""
+    if path is None or not Path(path).is_dir():
+        return fingerprint(path)
+    build = Path(path) / "build.json"
+    return fingerprint(build) if build.is_file() else str(Path(path).resolve())

@@ -83,6 +83,16 @@ def write_predictions(root, predictions: Predictions, prompt: dict, generate_kwa
     return path
 
 
+def remove_predictions(root, models: Iterable[str]):
+    """Removes the cells of `models` under `root`: of one named without an organisation, whatever run it is of."""
+    for model in models:
+        org, slash, name = model.partition("/")
+        folders = [Path(root, org, name.replace("/", "_"))] if slash else [run / org for run in Path(root).glob("*")]
+        for file in (file for folder in folders for file in folder.glob("*")):
+            if STEM.fullmatch(file.stem) and file.suffix in (".csv", ".json"):
+                file.unlink()
+
+
 def find_predictions(folder) -> list[Path]:
     """The CSV files under `folder`, in the order of tasks and lengths. Raises UsageError where there is none, or another."""
     folder = Path(folder).resolve()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from lrmt.errors import UsageError, suggest
 from lrmt.tasks.babilong import BabilongTask
-from lrmt.tasks.background import Background, ProceduralProse
+from lrmt.tasks.background import Background, ProceduralProse, open_background
 from lrmt.tasks.base import SPLITS, Example, Task, derive_rng
 from lrmt.tasks.collate import collate
 from lrmt.tasks.dataset import DatasetTask
@@ -13,7 +13,17 @@ from lrmt.tasks.needles import MemoryTask, NeedleTask
 from lrmt.tasks.passkey import PasskeyTask
 from lrmt.tasks.text import TextTask
 
-__all__ = ["Background", "Example", "MixedTask", "ProceduralProse", "Task", "build_task", "collate"]
+__all__ = [
+    "HAYSTACKS",
+    "Background",
+    "Example",
+    "MixedTask",
+    "ProceduralProse",
+    "Task",
+    "build_task",
+    "collate",
+    "open_background",
+]
 
 
 def _passkey(name, tokenizer, options):
@@ -50,14 +60,9 @@ def _memory(name, tokenizer, options):
 def _background(tokenizer, options) -> Background:
     """What is asked for; the tasks of a mixture share it."""
     background, dataset = options["background"], options["background_dataset"]
-    if background is not None and dataset is not None:
-        raise UsageError(f"--background_dir and --background_dataset exclude each other; got {dataset} too. Name one")
-    if dataset is not None:
-        background = Background.from_dataset(dataset, tokenizer)
-    elif background is None:  # prose of one split never occurs in another
-        background = ProceduralProse(tokenizer, seed=f"{options['seed']}/{options['split']}")
-    elif not isinstance(background, Background):
-        background = Background(background, tokenizer)
+    if not isinstance(background, Background) or dataset is not None:
+        given = {"background_dir": background, "background_dataset": dataset} | _only(options, "split seed")
+        background = open_background(tokenizer, **given)
     options |= {"background": background, "background_dataset": None}
     return background
 
@@ -102,7 +107,7 @@ def build_task(
     dataset_split: str | None = None,
     text_path: str | Path | None = None,
     num_digits: int = 5,
-    passkey_wording: str = "landmark",
+    passkey_wording: str = "plain",
     depth: float | None = None,
     max_n_facts: int | None = None,
     question_position: str = "last",

@@ -11,8 +11,8 @@ from tqdm import tqdm
 from lrmt.errors import UsageError
 from lrmt.tasks import prose
 from lrmt.tasks.base import Pieces, derive_seed
-from lrmt.tasks.cache import Arrays, cache_folder, digest, fingerprint_tokenizer, load_or_make
-from lrmt.tasks.documents import read_documents, split_sentences, stream_documents, text_files
+from lrmt.tasks.cache import Arrays, cache_folder, digest, digest_each, fingerprint_tokenizer, load_or_make
+from lrmt.tasks.documents import read_documents, split_sentences, stream_share, text_files
 
 MIN_SENTENCE_TOKENS = 10
 MAX_DATASET_TOKENS = 2**24  # read of a data set, which may be larger than any disk
@@ -47,8 +47,11 @@ class Background:
 
     def __init__(self, paths: str | Path | Sequence[str | Path], tokenizer, cache_dir: str | Path | None = None):
         files = text_files([paths] if isinstance(paths, str | Path) else paths)
-        books = [text for file in files for text in read_documents(file, "--background_dir")]
-        self._open(tokenizer, cache_dir, digest(*books), books, f"background {', '.join(map(str, files[:3]))}")
+
+        def books():
+            return (text for file in files for text in read_documents(file, "--background_dir"))
+
+        self._open(tokenizer, cache_dir, digest_each(books()), books(), f"background {', '.join(map(str, files[:3]))}")
 
     @classmethod
     def from_dataset(
@@ -61,12 +64,15 @@ class Background:
         num_tokens: int = MAX_DATASET_TOKENS,
         cache_dir: str | Path | None = None,
     ) -> "Background":
-        """The first books, `num_tokens` or a little more, of a data set with column text: a Hub id, streamed, or a path."""
+        """The first books, `num_tokens` or a little more, of a data set with column text: a Hub id, streamed, or a path.
+
+        `split` is train, validation or test: books of one are never those of another (`documents.stream_share`).
+        """
         self = cls.__new__(cls)
         files = [Path(name)] if Path(name).is_file() else sorted(p for p in Path(name).rglob("*") if p.is_file())
         stamps = [f"{file} {file.stat().st_mtime_ns} {file.stat().st_size}" for file in files]
-        key = digest("dataset", name, str(config), split, str(num_tokens), *stamps)
-        books = stream_documents(name, config, split, "--background_dataset")
+        key = digest("share of dataset", name, str(config), split, str(num_tokens), *stamps)
+        books = stream_share(name, config, split, "--background_dataset")
         self._open(tokenizer, cache_dir, key, books, f"--background_dataset {name}", num_tokens)
         return self
 
@@ -187,6 +193,32 @@ class ProceduralProse(Background):
     def _choose(self, rng, num_tokens):
         self.reserve(num_tokens)
         return super()._choose(rng, num_tokens)
+
+
+def open_background(
+    tokenizer,
+    *,
+    background_dir: str | Path | Sequence[str | Path] | None = None,
+    background_dataset: str | None = None,
+    split: str = "train",
+    seed: int = 0,
+    longest: int = 0,
+) -> Background:
+    """Books of files or of a data set, or built-in prose; texts of one split never occur in another's, but for files.
+
+    A data set is read until there are `longest` tokens. Raises UsageError when both are named.
+    """
+    if background_dir is not None and background_dataset is not None:
+        raise UsageError(
+            "--background_dir and --background_dataset exclude each other; "
+            f"got {background_dir} and {background_dataset}. Name one"
+        )
+    if background_dataset is not None:
+        enough = max(MAX_DATASET_TOKENS, longest)
+        return Background.from_dataset(background_dataset, tokenizer, split=split, num_tokens=enough)
+    if background_dir is not None:
+        return Background(background_dir, tokenizer)
+    return ProceduralProse(tokenizer, seed=f"{seed}/{split}")
 
 
 def _load_or_tokenise(tokenizer, cache_dir, key: str, books: Iterable[list[str]], num_tokens: int | None = None):

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import multiprocessing
 import os
-import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -16,8 +15,9 @@ from tqdm import tqdm
 
 import lrmt
 from lrmt.errors import UsageError, one_line, suggest
-from lrmt.tasks import HAYSTACKS, Background, ProceduralProse, build_task
-from lrmt.tasks.background import MAX_DATASET_TOKENS
+from lrmt.lengths import parse_tokens, spell_length
+from lrmt.tasks import HAYSTACKS, build_task
+from lrmt.tasks.background import open_background
 from lrmt.tasks.base import SPLITS
 from lrmt.tasks.cache import digest, fingerprint_tokenizer
 from lrmt.tasks.haystack import HaystackTask, Row
@@ -79,18 +79,14 @@ class GenerationSettings:
         """The tasks by name, over one background that is long enough for every length."""
         tokenizer = load_tokenizer(self.tokenizer or str(TINY_TOKENIZER))
         longest = max(map(self.context_length, self.lengths))
-        if self.background_dir is not None and self.background_dataset is not None:
-            raise UsageError(
-                "--background_dir and --background_dataset exclude each other; "
-                f"got {self.background_dir} and {self.background_dataset}. Name one"
-            )
-        if self.background_dir is not None:
-            background = Background(self.background_dir, tokenizer)
-        elif self.background_dataset is not None:
-            enough = max(MAX_DATASET_TOKENS, longest)
-            background = Background.from_dataset(self.background_dataset, tokenizer, num_tokens=enough)
-        else:
-            background = ProceduralProse(tokenizer, seed=f"{self.seed}/{self.split}")
+        background = open_background(
+            tokenizer,
+            background_dir=self.background_dir,
+            background_dataset=self.background_dataset,
+            split=self.split,
+            seed=self.seed,
+            longest=longest,
+        )
         if not self.repeat_background:
             background.reserve(longest)
         options = (
@@ -324,22 +320,6 @@ def _card(folder: Path, identity: dict) -> str:
         "",
     ]
     return "\n".join(lines)
-
-
-def parse_tokens(length: str) -> int:
-    """Tokens in a length: "4k" is 4000, "1M" a million, a plain number itself, "0k" none."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmM]?)", length)
-    if match is None:
-        raise UsageError(f"--lengths takes 0k (facts alone) or tokens (4k, 1M, 1500); got {length!r}")
-    return round(float(match[1]) * {"": 1, "k": 1_000, "m": 1_000_000}[match[2].lower()])
-
-
-def spell_length(length: str) -> str:
-    """The name of a length's configuration: 4000 is 4k, 1000k is 1M."""
-    tokens = parse_tokens(length)
-    if tokens and tokens % 1_000_000 == 0:
-        return f"{tokens // 1_000_000}M"
-    return str(tokens) if tokens % 1000 else f"{tokens // 1000}k"
 
 
 def load_tokenizer(name: str):

@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,11 @@ def cache_folder(folder: str | Path | None = None) -> Path:
 
 def digest(*parts: str) -> str:
     """A hash of texts, each as long as it likes."""
+    return digest_each(parts)
+
+
+def digest_each(parts: Iterable[str]) -> str:
+    """`digest` of texts of which one is held at a time."""
     whole = hashlib.blake2b(digest_size=16)
     for part in parts:
         whole.update(hashlib.blake2b(part.encode("utf-8", "replace")).digest())

@@ -1,26 +1,30 @@
-"""A user's own rows: columns input, question and target, from a local file or the Hub."""
+"""Stored rows, a user's own or those of a public set: columns input, question and target, from local files or the Hub."""
 
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from lrmt.errors import UsageError, one_line
+from lrmt.labels import LABELS, is_answer
+from lrmt.lengths import parse_tokens, spell_length
 from lrmt.tasks.base import Example, Pieces, Task, check_segment, epoch_order, hold_out, join
 
 COLUMNS = ("input", "question", "target")  # the public BABILong schema
 CARD = "README.md"  # which says what is in a folder
 _FILE_SUFFIXES = (".jsonl", ".parquet")
+SUFFIXES = (*_FILE_SUFFIXES, ".json")  # of a folder of files
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 class DatasetTask(Task):
     """Stored rows, each of its own length.
 
-    `dataset_path` is a .jsonl or .parquet file; or a Hub dataset id, or a folder with a card as `lrmt data build` writes
-    it, with `dataset_config` and `dataset_split`. Train leaves out the last tenth of the rows, which is validation; test
-    is all of them. Train shuffles each epoch, other splits keep the order of the rows.
+    `dataset_path` is a .jsonl or .parquet file; or a Hub dataset id, or a folder, with a card as `lrmt data build` writes it
+    or of files named after both, with `dataset_config` and `dataset_split`. Train leaves out the last tenth of the rows,
+    which is validation; test is all of them. Train shuffles each epoch, other splits keep the order of the rows.
 
     A `length` asks for rows of as many segments, so that all ranks of a training step run equally many; where there are
     none, for the nearest shorter rows, or else the nearest longer ones. `length` 0 takes the rows as they come.
@@ -45,7 +49,9 @@ class DatasetTask(Task):
         source = str(dataset_path)
         path = Path(source).expanduser()
         if looks_local(source) and not (path / CARD).is_file():
-            rows = _read_file(path)
+            files = find_files(path, dataset_split, dataset_config) if dataset_config and path.is_dir() else []
+            kind = "parquet" if files and files[0].endswith(".parquet") else "json"
+            rows = _load(kind, None, "train", data_files=files) if files else _read_file(path)
         else:
             dataset_split = dataset_split or ("test" if split == "test" else "train")
             rows = _load(str(path) if path.is_dir() else source, dataset_config, dataset_split)
@@ -89,6 +95,57 @@ class DatasetTask(Task):
         wanted = -(-length // self.segment_length)
         shorter = [n for n in self._buckets if n <= wanted]
         return self._buckets[max(shorter) if shorter else min(self._buckets)]
+
+
+class StoredTask(Task):
+    """A task of a data set in the public BABILong schema: configuration = length, split = task.
+
+    `lengths` are the names of configurations, "4k"; the `length` of an example is the tokens that such a name says, and the
+    example as long as its row. One configuration is held at a time.
+    Raises UsageError for anything missing, and for a target that can be no answer of the task.
+    """
+
+    def __init__(self, name: str, tokenizer, dataset_path: str | Path, lengths: Iterable[str], **options):
+        self.name, self._tokenizer = name, tokenizer
+        self._path, self._options = dataset_path, options
+        self._lengths = {parse_tokens(length): spell_length(length) for length in lengths}
+        self._opened: tuple[int, DatasetTask] | None = None
+        self._sizes, self.max_new_tokens = {}, 0
+        for tokens, length in self._lengths.items():
+            rows = self._open(tokens)
+            for number, target in enumerate(rows.targets, start=1):
+                if not (is_answer(target.strip(), name) if name in LABELS else re.fullmatch(r"\s*\d+\s*", target)):
+                    wanted = ", ".join(LABELS[name]) if name in LABELS else "a number"
+                    raise UsageError(
+                        f"--dataset_name {dataset_path} --task {name} --lengths {length} row {number}: target {target!r} is no "
+                        f"answer of {name} ({wanted}); leave out --task and --lengths for rows of your own"
+                    )
+            self._sizes[tokens] = rows.num_examples(0)
+            self.max_new_tokens = max(self.max_new_tokens, rows.max_new_tokens)
+
+    def num_examples(self, length: int) -> int:
+        return self._sizes[length]
+
+    def example(self, index: int, length: int) -> Example:
+        return replace(self._open(length).example(index), task=self.name)
+
+    def _open(self, length: int) -> DatasetTask:
+        if self._opened is None or self._opened[0] != length:
+            self._opened = None  # before the next is read
+            name = {"dataset_config": self._lengths[length], "dataset_split": self.name}
+            self._opened = length, DatasetTask(self._tokenizer, self._path, **name, **self._options)
+        return self._opened[1]
+
+
+def find_files(folder: Path, key: str | None, label: str | None) -> list[str]:
+    """The files of a task at a length: LABEL/KEY or KEY/LABEL, shards included; KEY alone without a label."""
+    found = [path for path in sorted(folder.rglob("*")) if path.suffix in SUFFIXES]
+    names = {path: (path.parent.name, path.stem.split("-")[0]) for path in found}
+    return [
+        str(path.resolve())
+        for path, (parent, stem) in names.items()
+        if (stem == key if label is None else {parent, stem} == {label, key})
+    ]
 
 
 def looks_local(source: str) -> bool:
@@ -142,11 +199,11 @@ def read_jsonl(path: Path, flag: str, columns: Sequence[str]) -> list[dict]:
     return rows
 
 
-def _load(name: str, config: str | None, split: str):
+def _load(name: str, config: str | None, split: str, **options):
     import datasets
 
     try:
-        return datasets.load_dataset(name, config, split=split)
+        return datasets.load_dataset(name, config, split=split, **options)
     except Exception as error:  # the Hub client raises many kinds; the user needs one line
         at = f"--dataset_name {name}" + (f" --dataset_config {config}" if config else "") + f" --dataset_split {split}"
         raise UsageError(f"cannot load {at}: {one_line(error)}") from error

@@ -2,12 +2,14 @@
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from lrmt.errors import UsageError, one_line
 from lrmt.tasks.dataset import read_jsonl
 
 COLUMN = "text"
+_SHARES = {1: "test", 2: "validation"}  # of every ten documents; the others are train
 _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}  # of a data set that is one file
 
 
@@ -40,18 +42,55 @@ def read_documents(file: Path, flag: str) -> Iterator[str]:
 
 def stream_documents(name: str, config: str | None, split: str, flag: str) -> Iterator[str]:
     """Column text of a data set, row by row: a Hub id, or a local folder or file that `datasets` reads."""
+    at = _describe(name, config, split, flag)
+    with _told_in_one_line(at):
+        for number, row in enumerate(_stream(name, config, split=split), start=1):
+            yield _text_of(row, f"{at} row {number}")
+
+
+def stream_share(name: str, config: str | None, split: str, flag: str) -> Iterator[str]:
+    """Column text of what is for `split` (train, validation or test) in a data set: its own split of that name.
+
+    One that it has not is a tenth of train, the second of every ten documents for test and the third for validation, which
+    train then leaves out.
+    """
+    at, empty = _describe(name, config, split, flag), True
+    with _told_in_one_line(at):
+        splits = _stream(name, config)
+        own = set(splits) - {"train"} if "train" in splits else set()  # those that need no share of train
+        rows = splits[split] if split in own else splits.get("train", next(iter(splits.values())))
+        for number, row in enumerate(rows):
+            share = _SHARES.get(number % 10, "train")
+            if split in own or split == ("train" if share in own else share):
+                yield _text_of(row, f"{at} row {number + 1}")
+                empty = False
+    if empty:
+        raise UsageError(
+            f"{at} has no document: no split of that name, and too few in all to share them; give more, or name a folder with "
+            "--background_dir"
+        )
+
+
+def _stream(name: str, config: str | None, **options):
     import datasets
 
-    at = f"{flag} {name}" + (f" --dataset_config {config}" if config else "") + f" of split {split}"
     local = {"data_files": name} if Path(name).is_file() else {}
     path = _BUILDERS.get(Path(name).suffix.lower(), "text") if local else name
+    return datasets.load_dataset(path, config, streaming=True, **options, **local)
+
+
+def _describe(name: str, config: str | None, split: str, flag: str) -> str:
+    return f"{flag} {name}" + (f" --dataset_config {config}" if config else "") + f" of split {split}"
+
+
+@contextmanager
+def _told_in_one_line(at: str):
+    """Turns what the Hub client raises, of many kinds, into a UsageError."""
     try:
-        rows = datasets.load_dataset(path, config, split=split, streaming=True, **local)
-        for number, row in enumerate(rows, start=1):
-            yield _text_of(row, f"{at} row {number}")
+        yield
     except UsageError:
         raise
-    except Exception as error:  # the Hub client raises many kinds; the user needs one line
+    except Exception as error:
         raise UsageError(f"cannot load {at}: {one_line(error)}") from error
 
 

@@ -1,4 +1,4 @@
-"""Passkey retrieval: one number in a lot of filler, in the wordings of three benchmarks."""
+"""Passkey retrieval: one number in a lot of filler, in a short wording and in those of three benchmarks."""
 
 import numpy as np
 
@@ -6,11 +6,12 @@ from lrmt.errors import UsageError, suggest
 from lrmt.tasks.base import Example, Pieces, Task, check_segment, derive_rng, join, start_of_last_segment
 from lrmt.tasks.haystack import check_depth
 
-TASK_LINE = "Find the pass key in this text."
 _HIDDEN = "There is an important info hidden inside a lot of irrelevant text. Find it and memorize"
+_QUIZ = f"{_HIDDEN} them. I will quiz you about the important information there."
 WORDINGS = {  # the line that opens the text
-    "landmark": TASK_LINE,  # after Mohtashami & Jaggi 2023, section 4.2, in fewer words
-    "longlora": f"{_HIDDEN} them. I will quiz you about the important information there.",  # Chen et al. 2023, appendix B
+    "plain": "Find the pass key in this text.",
+    "landmark": _QUIZ,  # Mohtashami & Jaggi 2023, section 4.2
+    "longlora": _QUIZ,  # Chen et al. 2023, appendix B, who took it over
     "infinitebench": f"{_HIDDEN} it. I will quiz you about the important information.",  # Zhang et al. 2024, Retrieve.PassKey
 }
 FILLER = (
@@ -22,12 +23,16 @@ FILLER = (
 )
 KEY = "The pass key is {key}. Remember it. {key} is the pass key."
 QUESTION = "What is the pass key? The pass key is"
+LANDMARK_KEYS = 50_000  # the protocol's numbers are 1 to this one
 
 
 class PasskeyTask(Task):
     """Task line, filler, the key, filler, question; the filler is cut at token level to the exact length.
 
-    `wording` names the task line: landmark, longlora or infinitebench, which agree in all else.
+    `wording` names the task line: plain, landmark, longlora or infinitebench, which agree in all else but that `landmark`
+    draws the number from 1 to 50000, as its protocol does, and not among those of `num_digits`. Task line, filler, needle
+    and question are the protocol's to the letter; what joins them is a space instead of a line break, and the filler is
+    cut between tokens instead of characters.
     `depth` is the share of the filler before the key (0 at the top), drawn uniformly when None. `early_facts_share` of the
     training texts have the key before the last segment, where only memory can find it.
     Raises UsageError for bad options, or a question and answer longer than `segment_length`.
@@ -43,7 +48,7 @@ class PasskeyTask(Task):
         seed: int = 0,
         segment_length: int | None = None,
         num_digits: int = 5,
-        wording: str = "landmark",
+        wording: str = "plain",
         depth: float | None = None,
         early_facts_share: float = 0.0,
     ):
@@ -57,14 +62,16 @@ class PasskeyTask(Task):
         self.split, self.seed, self.num_digits, self.depth = split, seed, num_digits, depth
         self.task_line, self.question = self.pieces(WORDINGS[wording]), self.pieces(QUESTION)
         self.filler = join(map(self.pieces, FILLER))
-        self.max_new_tokens = max(10, num_digits + 2)
+        self.keys = (1, LANDMARK_KEYS + 1) if wording == "landmark" else (10 ** (num_digits - 1), 10**num_digits)
+        longest = str(self.keys[1] - 1)
+        self.max_new_tokens = max(10, len(longest) + 2)
         self.segment_length = segment_length
         self.early_facts_share = early_facts_share if split == "train" and segment_length else 0.0
-        check_segment(self.question, self.pieces.answer("9" * num_digits), segment_length, "passkey")
+        check_segment(self.question, self.pieces.answer(longest), segment_length, "passkey")
 
     def example(self, index: int, length: int) -> Example:
         rng = derive_rng(self.seed, self.split, self.name, length, index)
-        key = str(rng.integers(10 ** (self.num_digits - 1), 10**self.num_digits))
+        key = str(rng.integers(*self.keys))
         told, answer = self.pieces.encode([KEY.format(key=key), key])
         answer = np.append(answer, self.pieces.tokenizer.eos_token_id)
         needed = len(self.task_line) + len(told) + len(self.question) + len(answer)

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 
 from lrmt.cli import main
 from lrmt.models import RmtForCausalLM
+from lrmt.tasks import Background
 from lrmt.training.checkpoint import save_adapter
 
 SEGMENT = 384
@@ -80,6 +81,47 @@ def test_generated_tasks(adapter, books, tmp_path, capsys):
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == records
 
 
+def test_a_background_that_is_too_short_is_refused_unless_it_may_repeat(adapter, books, tmp_path, capsys):
+    flags = "--task qa1 --lengths 0k 1 40 --num_samples 1 --baseline"
+    paths = ["--background_dir", books / "book.txt", "--output_dir", tmp_path / "out"]
+    assert evaluate(adapter, flags, *paths) == 2
+    error = capsys.readouterr().err
+    assert "fewer than the 15,360 of one sample" in error and "--repeat_background" in error
+    assert not (tmp_path / "out").exists()
+    assert evaluate(adapter, f"{flags} --repeat_background", *paths) == 0
+
+
+def test_every_length_is_tried_before_the_model_is_loaded(adapter, books, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("lrmt.load", lambda *given, **options: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("lrmt.evaluation.run.read_segment_length", lambda path: 56)
+    assert evaluate(adapter, "--task qa1 --lengths 0k 1 8", "--output_dir", tmp_path / "out") == 2
+    assert "no story of qa1 fits into 56 tokens" in capsys.readouterr().err
+
+
+def test_the_background_is_opened_once_for_all_depths(adapter, books, tmp_path, monkeypatch):
+    opened, init = [], Background.__init__
+    monkeypatch.setattr(Background, "__init__", lambda self, *given: opened.append(given) or init(self, *given))
+    flags = "--task qa1 memorize --lengths 1 --num_samples 1 --baseline"
+    paths = ["--background_dir", books, "--output_dir", tmp_path / "out"]
+    assert evaluate(adapter, f"{flags.replace('memorize', 'qa2')} --depths 0 0.5 1", *paths) == 0
+    assert len(opened) == 1
+
+
+def test_books_of_a_data_set_are_those_of_the_split(adapter, books, tmp_path, monkeypatch):
+    splits, init = [], Background.from_dataset.__func__
+
+    def from_dataset(cls, *given, **options):
+        splits.append(options["split"])
+        return init(cls, *given, **options)
+
+    monkeypatch.setattr(Background, "from_dataset", classmethod(from_dataset))
+    book = (books / "book.txt").read_text()
+    (tmp_path / "books.jsonl").write_text("".join(json.dumps({"text": book}) + "\n" for _ in range(3)))
+    paths = ["--background_dataset", tmp_path / "books.jsonl", "--output_dir", tmp_path / "out"]
+    assert evaluate(adapter, "--task qa1 qa2 --lengths 1 --num_samples 1 --split validation --baseline", *paths) == 0
+    assert splits == ["validation"]
+
+
 def test_own_rows(adapter, tmp_path):
     rows = [{"input": "The cat sat. " * n, "question": "Who sat?", "target": "the cat"} for n in (1, 30, 90)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -97,7 +139,6 @@ def test_own_rows(adapter, tmp_path):
     ("flags", "message"),
     [
         ("--task passkey --lengths 100k 0.3k", "--lengths 0.3k is less than one segment of 384"),
-        ("--task qa4", "qa4"),
         ("--task passkey --num_digits 40", "--num_digits"),
         ("--task qa1 --question_position middle", "--question_position"),
         ("--task qa1 --babi_dir .", "--babi_dir . has no qa1_"),

@@ -128,6 +128,77 @@ def test_a_retrained_adapter_is_another_evaluation(adapter):
         evaluate(folder, "1")
 
 
+def test_lengths_that_were_named_keep_their_name(adapter, monkeypatch):
+    folder, _ = adapter
+    records = evaluate(folder, "2", "0.1k")
+    assert [(r["length_tokens"], r.get("length")) for r in records[::3]] == [(32, None), (96, "100")]
+    assert list(records[-1]) == [*KEYS, "length"]
+
+
+def test_settings_from_before_a_flag_are_those_of_its_default(adapter):
+    folder, _ = adapter
+    evaluate(folder, "1")
+    path = folder / "evaluation" / "settings.json"
+    settings = json.loads(path.read_text())
+    del settings["max_n_facts"], settings["question_position"]
+    path.write_text(json.dumps(settings))
+    assert len(evaluate(folder, "1", "2")) == 6
+    path.write_text(json.dumps(settings))
+    with pytest.raises(UsageError, match='question_position "last", now "first"'):
+        evaluate(folder, "1", question_position="first")
+    del settings["adapter"]
+    path.write_text(json.dumps(settings))
+    with pytest.raises(UsageError, match="adapter null, now"):
+        evaluate(folder, "1")
+
+
+def test_what_a_folder_of_texts_holds_counts_and_not_where_it_is(adapter, tmp_path):
+    for name, text in (("a", "one"), ("b", "one"), ("c", "two")):
+        (tmp_path / name / "deep").mkdir(parents=True)
+        (tmp_path / name / "deep" / "book.txt").write_text(text)
+        (tmp_path / name / "qa1_test.txt").write_text(text)
+
+    def identity(**options):
+        return EvaluationSettings(str(adapter[0]), task=("qa1",), **options).identity()
+
+    for flag in ("babi_dir", "background_dir"):
+        first, same, other = (identity(**{flag: str(tmp_path / name)}) for name in "abc")
+        assert first == same and first[flag] != other[flag]
+    (tmp_path / "a" / "deep" / "book.txt").write_text("six")
+    assert identity(background_dir=str(tmp_path / "a")) != identity(background_dir=str(tmp_path / "b"))
+    assert identity(background_dir=str(tmp_path / "b" / "qa1_test.txt"))["background_dir"]
+
+
+def test_a_second_endpoint_is_a_column_of_its_own(adapter):
+    api = {"task": ("passkey",), "baseline": ("api",)}
+    one, two = (EvaluationSettings(str(adapter[0]), api_model=name, **api).identity() for name in ("a/x", "b/y"))
+    assert one == two
+
+
+def test_overwriting_removes_the_predictions_of_what_is_replaced_alone(adapter, tmp_path):
+    folder, _ = adapter
+    kept, gone = tmp_path / "out" / "babilong_evals", []
+    for place in ("adapter/rmt", "of_before/backbone", "microsoft/phi"):
+        stem = "qa1_4k_instruction_no_examples_no_post_prompt_no_chat_template_no"
+        for name in (f"{stem}.csv", f"{stem}.json", "notes.csv", f"{stem}.txt"):
+            (kept / place).mkdir(parents=True, exist_ok=True)
+            (kept / place / name).write_text("x")
+            gone += [kept / place / name] if name in (f"{stem}.csv", f"{stem}.json") and place[0] != "m" else []
+    (tmp_path / "out" / "results.json").write_text(json.dumps(RECORDS))
+    before = {path for path in kept.rglob("*") if path.is_file()}
+    evaluate(folder, "1", output_dir=str(tmp_path / "out"), overwrite=True)
+    assert {path for path in kept.rglob("*") if path.is_file()} == before - set(gone) and len(gone) == 4
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("api_concurrency", 0), ("api_max_retries", -1), ("api_timeout", 0.0), ("api_timeout", float("nan"))],
+)
+def test_what_an_endpoint_cannot_work_with_is_refused(adapter, flag, value):
+    with pytest.raises(UsageError, match=f"--{flag} must be .*; got {value}"):
+        EvaluationSettings(str(adapter[0]), task=("passkey",), **{flag: value})
+
+
 def test_a_folder_of_other_files_is_refused_and_never_emptied(adapter, tmp_path):
     folder, _ = adapter
     other = tmp_path / "mine"
@@ -258,7 +329,7 @@ def test_cells_are_sorted_and_told_once(adapter):
     ]  # fmt: skip
     settings = EvaluationSettings(str(adapter[0]), task=("qa1",), lengths=("4", "1k"), depths=(0.5, 0.0))
     assert settings.cells(SEGMENT) == [
-        ("qa1", 4, 0.5, "64"), ("qa1", 62, 0.5, "1k"), ("qa1", 4, 0.0, "64"), ("qa1", 62, 0.0, "1k"),
+        ("qa1", 4, 0.5, "64", 64), ("qa1", 62, 0.5, "1k", 992), ("qa1", 4, 0.0, "64", 64), ("qa1", 62, 0.0, "1k", 992),
     ]  # fmt: skip
 
 

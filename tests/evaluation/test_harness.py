@@ -101,6 +101,13 @@ def test_babilong_from_local_files_equals_lrmt_evaluate(adapter, data, tmp_path)
     assert [row["acc"] for row in found] == rule
 
 
+def test_several_processes_are_refused(adapter, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="--harness runs in one process; got 2. .*--num_processes 1"):
+        run_harness(str(adapter), ["babilong_qa1"], output_dir=str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_public_prompt_and_num_samples(adapter, data, tmp_path):
     flags = {"data_dir": str(data), "num_samples": 2, "output_dir": str(tmp_path)}
     public = run_harness(str(adapter), ["babilong_qa1"], prompt="public", **flags)

@@ -77,6 +77,15 @@ def test_own_rows_are_right_when_the_first_line_equals_the_target():
     assert not score("kitchen", "the kitchen", "Where is Mary?", "qa1", "exact")
 
 
+@pytest.mark.parametrize("task", ["memorize", "detect_memorize", "reasoning"])
+def test_rooms_of_the_memory_tasks_are_found_in_a_sentence(task):
+    for rule in ("official", "strict"):
+        assert score("kitchen", "It is the kitchen. Then what?", "What is north of the garden?", task, rule)
+        assert score("kitchen", "the kitchen is north of the garden", "What is north of the garden?", task, rule)
+        assert not score("kitchen", "the kitchen or the office", "Where is Mary?", task, rule)
+    assert not score("kitchen", "the kitchen", "Where is Mary?", task, "exact")
+
+
 def test_unknown_rule_is_refused():
     with pytest.raises(ValueError, match="oficial"):
         score("a", "a", "?", "qa1", "oficial")

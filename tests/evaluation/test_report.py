@@ -6,6 +6,7 @@ import json
 import pytest
 
 from lrmt import cli
+from lrmt.errors import UsageError
 from lrmt.evaluation.published import LENGTHS, MEAN, PAPERS, ROWS
 from lrmt.evaluation.report import find_column, run_report
 from lrmt.evaluation.results import build_record, to_json
@@ -120,6 +121,31 @@ def test_two_texts_near_one_length_keep_a_column_each(tmp_path):
     row = read_table(tmp_path / "out")["qa1", "mine rmt"]
     assert (row["3936"], row["4000"], row["8000"]) == ("30", "40", "80")
     assert [find_column(n) for n in (0, 96, 3799, 3800, 126_976, 1_010_000)] == [0, 96, 3799, 4000, 128_000, 1_000_000]
+
+
+def test_depths_are_averaged_and_a_failed_one_fails_the_cell(tmp_path):
+    def at_depths(tokens, *rights, n=10):
+        cells = [build_record("rmt", "qa1", tokens, 1, right, n) for right in rights]
+        return [cell | {"depth": depth / 2} for depth, cell in enumerate(cells)]
+
+    failed = [r | dict.fromkeys(("accuracy", "ci_low", "ci_high")) | {"error": "x"} for r in at_depths(16000, 0)]
+    records = at_depths(4000, 10, 1, 4) + failed + [r | {"depth": 1.0} for r in at_depths(16000, 7)]
+    write(tmp_path / "results.json", records)
+    (series, *_) = run_report([tmp_path], names=["mine"], no_published=True, output_dir=tmp_path / "out")
+    assert "| qa1 | mine rmt | 50 | failed |" in (tmp_path / "out" / "report.md").read_text()
+    assert "of several depths the mean" in (tmp_path / "out" / "report.md").read_text()
+    assert series.cells["qa1", 4000] == build_record("rmt", "qa1", 4000, 1, 15, 30)  # the interval of all answers
+
+
+def test_a_length_that_was_asked_for_by_name_has_its_column(tmp_path):
+    short = evaluated(("qa1", 3584, 6))[0] | {"length": "4k"}  # whole segments of 512
+    write(tmp_path / "results.json", [short, *evaluated(("qa1", 4096, 7))])
+    run_report([tmp_path], names=["mine"], output_dir=tmp_path / "out")
+    row = read_table(tmp_path / "out")["qa1", "mine rmt"]
+    assert (row["4000"], row["4096"]) == ("60", "70")
+    write(tmp_path / "bad" / "results.json", [short | {"length": "4q"}])
+    with pytest.raises(UsageError, match="record 1: length '4q' is no length"):
+        run_report([tmp_path / "bad"], output_dir=tmp_path / "out", overwrite=True)
 
 
 def test_a_failed_cell_is_marked(tmp_path):

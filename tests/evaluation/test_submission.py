@@ -58,7 +58,7 @@ def test_a_failed_cell_or_an_unreadable_name_is_not_written(tmp_path):
     with pytest.raises(ValueError, match="an output is None"):
         write_predictions(tmp_path, cell(rows=[("kitchen", None, "Where?")]), {}, {})
     with pytest.raises(ValueError, match="no name of a cell"):
-        write_predictions(tmp_path, cell(length="4000"), {}, {})
+        write_predictions(tmp_path, cell(length="4K"), {}, {})
     assert list(tmp_path.iterdir()) == []
 
 

@@ -12,7 +12,7 @@ from lrmt.tasks import babi, passkey, prose
 
 
 def make_tokenizer(vocab_size: int, seed: int = 0) -> PreTrainedTokenizerFast:
-    texts = prose.write(1500, seed) + [passkey.TASK_LINE, passkey.KEY, passkey.QUESTION, *passkey.FILLER]
+    texts = prose.write(1500, seed) + [passkey.WORDINGS["plain"], passkey.KEY, passkey.QUESTION, *passkey.FILLER]
     for task in ("qa1", "qa2", "qa3"):
         for sample in babi.simulate(task, 20, seed):
             texts += [*sample.facts, sample.question, sample.answer]

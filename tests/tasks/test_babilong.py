@@ -44,7 +44,7 @@ def total(example):
 def test_every_task_is_simulated_without_files(tokenizer, prose, name):
     task = BabilongTask(name, tokenizer, prose)
     for index in range(5):
-        example, sample = task.example(index, 1500), task._simulate(index, 1500)
+        example, sample = task.example(index, 1500), task.draw(index, 1500, whole=True)
         assert total(example) == 1500
         assert (example.question, example.target) == (sample.question.strip(), sample.answer)
         assert len(example.answer_ids) <= task.max_new_tokens

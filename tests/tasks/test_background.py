@@ -1,5 +1,6 @@
 import json
 import shutil
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -9,8 +10,9 @@ from transformers import PreTrainedTokenizerFast
 from lrmt.errors import UsageError
 from lrmt.tasks import babi, background, prose
 from lrmt.tasks.background import Background, ProceduralProse
-from lrmt.tasks.base import Pieces
-from lrmt.tasks.documents import split_sentences, strip_gutenberg
+from lrmt.tasks.base import SPLITS, Pieces
+from lrmt.tasks.cache import digest
+from lrmt.tasks.documents import split_sentences, stream_share, strip_gutenberg
 
 
 @pytest.mark.parametrize(
@@ -218,7 +220,7 @@ def test_prose_grows_without_an_end_and_without_changing_what_was_there(tokenize
 
 
 def test_a_data_set_is_read_until_there_is_enough(tokenizer, tmp_path, monkeypatch):
-    rows = [{"text": " ".join(prose.write(40, seed))} for seed in range(6)]
+    rows = [{"text": " ".join(prose.write(40, seed))} for seed in range(8)]
     path = tmp_path / "books.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     whole = Background.from_dataset(str(path), tokenizer, cache_dir=tmp_path / "cache")
@@ -234,6 +236,39 @@ def test_a_data_set_is_read_until_there_is_enough(tokenizer, tmp_path, monkeypat
     path.write_text('{"body": "x"}\n')
     with pytest.raises(UsageError, match="row 1 has no column 'text'; found: body"):
         Background.from_dataset(str(path), tokenizer, cache_dir=tmp_path / "cache")
+
+
+def test_books_of_a_data_set_are_of_one_split_alone(monkeypatch):
+    def documents(split, splits):
+        monkeypatch.setattr("datasets.load_dataset", lambda name, config, streaming: splits)
+        return list(stream_share("org/books", None, split, "--background_dataset"))
+
+    def rows(name, count=30):
+        return [{"text": f"{name} {n}"} for n in range(count)]
+
+    for splits in ({"train": rows("a")}, {"all": rows("a")}):  # shares
+        found = {split: set(documents(split, splits)) for split in SPLITS}
+        assert sum(map(len, found.values())) == len(set.union(*found.values())) == 30
+        assert found["test"] == {"a 1", "a 11", "a 21"} and len(found["validation"]) == 3
+    splits = {"train": rows("a"), "test": rows("b", 2)}  # its own, where there is one
+    assert documents("test", splits) == ["b 0", "b 1"]
+    assert documents("validation", splits) == ["a 2", "a 12", "a 22"]
+    assert len(documents("train", splits)) == 27 and "a 1" in documents("train", splits)
+    with pytest.raises(UsageError, match="--background_dataset org/books of split test has no document"):
+        documents("test", {"train": rows("a", 1)})
+
+
+def test_books_are_hashed_one_at_a_time(tokenizer, tmp_path, monkeypatch):
+    for number in range(12):
+        (tmp_path / f"{number}.txt").write_text("The mill stood idle. " * 50_000 + str(number))  # 1 MB
+    opened = []
+    monkeypatch.setattr(Background, "_open", lambda self, *given: opened.append(given[2]))
+    tracemalloc.start()
+    Background(tmp_path, tokenizer)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8e6
+    assert opened == [digest(*(file.read_text() for file in sorted(tmp_path.iterdir())))]
 
 
 @pytest.mark.realdata

@@ -3,7 +3,8 @@ import json
 import pytest
 
 from lrmt.errors import UsageError
-from lrmt.tasks.dataset import DatasetTask, looks_local
+from lrmt.labels import ROOMS
+from lrmt.tasks.dataset import DatasetTask, StoredTask, looks_local
 
 ROWS = [
     {
@@ -155,3 +156,24 @@ def test_hub_datasets_use_config_and_split(tokenizer, monkeypatch):
     assert asked == [("org/rows", "4k", "qa1"), ("org/rows", None, "train")]
     with pytest.raises(UsageError, match="cannot load --dataset_name org/gone --dataset_split train: no such dataset"):
         DatasetTask(tokenizer, "org/gone")
+
+
+def test_a_public_set_has_its_tasks_at_each_length(tokenizer, monkeypatch):
+    rows = [{"input": f"Mary went to the {room}.", "question": "Where is Mary?", "target": room} for room in ROOMS]
+    sets, asked = {"0k": rows[:2], "4k": rows}, []
+
+    def load(name, config, split):
+        asked.append(config)
+        return sets[config]
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    task = StoredTask("qa1", tokenizer, "org/rows", ("4K", "0k"), split="test", segment_length=64)
+    assert [task.num_examples(length) for length in (0, 4000)] == [2, 6] and asked == ["4k", "0k"]
+    examples = [task.example(index, 4000) for index in range(6)]
+    assert asked == ["4k", "0k", "4k"]  # one is held
+    assert [(example.task, example.target) for example in examples] == [("qa1", room) for room in ROOMS]
+    assert task.example(1, 0).target == ROOMS[1]
+    with pytest.raises(UsageError, match="--task qa6 --lengths 0k row 1: target 'bathroom' is no answer of qa6"):
+        StoredTask("qa6", tokenizer, "org/rows", ("0k",), split="test")
+    with pytest.raises(UsageError, match=r"no answer of passkey \(a number\)"):
+        StoredTask("passkey", tokenizer, "org/rows", ("0k",), split="test")

@@ -73,11 +73,25 @@ def test_wordings_differ_in_their_first_line(tokenizer, wording):
     assert len(example.prompt_ids) + len(example.answer_ids) == 400
     text = tokenizer.decode(example.prompt_ids)
     assert text.startswith(f" {WORDINGS[wording]} ") and text.endswith(" What is the pass key? The pass key is")
-    assert len(set(WORDINGS.values())) == 3
+
+
+def test_the_landmark_wording_is_the_protocol(tokenizer):
+    task = PasskeyTask(tokenizer, wording="landmark", num_digits=2)
+    assert task.pieces.tokenizer.decode(task.task_line) == (
+        " There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. I will quiz you "
+        "about the important information there."
+    )
+    keys = [int(task.example(index, 400).target) for index in range(400)]
+    assert 1 <= min(keys) < 1000 and 49_000 < max(keys) <= 50_000
+    deciles = np.bincount(np.array(keys) // 5001, minlength=10)
+    assert len(deciles) == 10 and deciles.min() >= 15
+    assert all(len(task.example(i, 400).prompt_ids) + len(task.example(i, 400).answer_ids) == 400 for i in range(20))
+    plain = PasskeyTask(tokenizer)
+    assert tokenizer.decode(plain.task_line) == " Find the pass key in this text."
 
 
 def test_bad_options_are_refused(tokenizer):
-    with pytest.raises(UsageError, match="--passkey_wording must be one of landmark, .*; did you mean longlora"):
+    with pytest.raises(UsageError, match="--passkey_wording must be one of plain, landmark, .*; did you mean longlora"):
         PasskeyTask(tokenizer, wording="longlara")
     with pytest.raises(UsageError, match="passkey does not fit into 40 tokens; give a length of"):
         PasskeyTask(tokenizer).example(0, 40)
