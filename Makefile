@@ -8,13 +8,12 @@ INSTALL := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-versi
 
 .PHONY: demo test bench lint clean
 
-# two processes of one thread each: twice as fast as one of two, for so small a model
-demo: export OMP_NUM_THREADS = 1
+# accelerate gives a process one CPU thread unless OMP_NUM_THREADS says otherwise
+demo: export OMP_NUM_THREADS ?= $(CPUS)
 demo: export HF_HUB_OFFLINE = 1
 demo: .venv/runtime
 	rm -rf runs/demo
-	$(BIN)/accelerate launch --quiet --config_file ds_configs/ddp_2cpu.yaml recipes/rmt_llama.py --output_dir runs/demo \
-		--per_device_train_batch_size 4
+	$(BIN)/accelerate launch --quiet --config_file ds_configs/one_gpu.yaml recipes/rmt_llama.py --output_dir runs/demo
 	$(BIN)/lrmt evaluate --adapter_path runs/demo --task passkey --lengths 1 2 4 8 16 32 64 --output_dir runs/demo --overwrite
 
 # a process for each CPU, one thread each: most tests are too small for two

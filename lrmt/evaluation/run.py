@@ -72,13 +72,8 @@ def run_evaluation(settings: EvaluationSettings) -> list[dict]:
         if endpoint in todo
     }
     if kept and ranks.is_main_process:
-        typical = []
-        for cell in kept:
-            task, missing = tasks[cell.depth][cell.task], samples[cell] - len(kept[cell].answers)
-            prompt = endpoint.prompt(task.example(0, cell.tokens or 0))
-            typical.append((prompt, missing, count_new_tokens(task)))
-        cost = endpoint.endpoint.estimate_cost(typical, settings.api_input_price, settings.api_output_price)
-        print(f"{endpoint.name}: {cost}", flush=True)
+        missing = {cell: samples[cell] - len(answers.answers) for cell, answers in kept.items()}
+        print(f"{endpoint.name}: {estimate_cost(endpoint, missing, tasks, settings)}", flush=True)
     total = sum(samples[cell] * len(todo) for cell, todo in pending.items())
     with tqdm(total=total, unit="answer", smoothing=0.05, disable=not ranks.is_main_process) as bar:
         for cell, todo in pending.items():
@@ -123,6 +118,15 @@ def describe_cell(cell: Cell) -> dict:
     if cell.name not in ("", str(cell.tokens)):
         told["length"] = cell.name
     return told if cell.depth is None else told | {"depth": cell.depth}
+
+
+def estimate_cost(endpoint, missing: dict[Cell, int], tasks: dict, settings: EvaluationSettings):
+    """What asking the endpoint for `missing` answers of each cell would take, by a typical prompt of each."""
+    typical = []
+    for cell, count in missing.items():
+        task = tasks[cell.depth][cell.task]
+        typical.append((endpoint.prompt(task.example(0, cell.tokens or 0)), count, count_new_tokens(task)))
+    return endpoint.endpoint.estimate_cost(typical, settings.api_input_price, settings.api_output_price)
 
 
 def finish(folder: ResultsFolder, settings: EvaluationSettings):
