@@ -2,6 +2,7 @@
 
 import os
 import re
+import tempfile
 from functools import cache
 from pathlib import Path
 
@@ -134,3 +135,37 @@ def test_every_word_of_the_files_is_one_token():
         for sample in babi.read(DATA / "babi" / f"qa{number}_valid.txt"):
             words.update(re.findall("[A-Za-z]+", " ".join([*sample.facts, sample.question, sample.answer])))
     assert {word for word in words if len(tokenizer(f" {word}", add_special_tokens=False)["input_ids"]) != 1} == set()
+
+
+@cache
+def evaluate_shipped_adapter(official: bool) -> dict:
+    """Accuracies of the shipped qa1 adapter at 4 segments, by column."""
+    from lrmt.evaluation.run import run_evaluation
+    from lrmt.evaluation.settings import EvaluationSettings
+
+    files = (
+        {"babi_dir": str(DATA / "babi"), "background_dir": str(DATA / "books" / "moby_dick.txt")} if official else {}
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        settings = EvaluationSettings(
+            str(ASSETS / "rmt-qa1"), task=("qa1",), lengths=("4",), num_samples=100, batch_size=25, output_dir=f"{folder}/out",
+            baseline=("backbone",), **files,
+        )  # fmt: skip
+        return {record["model"]: record["accuracy"] for record in run_evaluation(settings)}
+
+
+@pytest.mark.parametrize(
+    "official", [False, pytest.param(True, marks=[realdata, needs_data])], ids=["simulated", "official"]
+)
+def test_the_shipped_adapter_remembers(official, tmp_path, monkeypatch):
+    monkeypatch.setenv("LRMT_CACHE", str(tmp_path / "cache"))
+    accuracy = evaluate_shipped_adapter(official)
+    assert accuracy["rmt"] >= 0.9
+    assert accuracy["rmt"] > accuracy["backbone"] + 0.15
+
+
+def test_the_shipped_adapter_is_small_and_tells_no_paths():
+    folder = ASSETS / "rmt-qa1"
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 2**20
+    for file in (folder / "arguments.yaml", folder / "config.json", folder / "adapter_config.json"):
+        assert not re.search(r"""["' ]/\w""", file.read_text()), file.name
