@@ -212,7 +212,10 @@ class CurriculumArguments:
     stage_lr_decay: float = field(
         default=1.0, metadata={"help": "Peak learning rate of a stage as a share (0..1] of that of the stage before."}
     )
-    eval_samples: int = field(default=64, metadata={"help": "Held-out samples per evaluation, over all ranks."})
+    eval_samples: int = field(
+        default=64,
+        metadata={"help": "Held-out samples per evaluation, over all ranks; rounded up to whole evaluation batches."},
+    )
 
     def __post_init__(self):
         _check_counts(self, "eval_samples")

@@ -440,7 +440,8 @@ def evaluate(options):
     harness = {name: options.pop(name) for name in ("harness", "harness_data", "harness_prompt")}
     if any(harness.values()):
         return evaluate_harness(options, **harness)
-    options.update({name: tuple(options[name]) for name in ("task", "lengths", "baseline", "depths")})
+    options.update({name: tuple(options[name]) for name in ("lengths", "baseline", "depths")})
+    options["task"] = tuple(name for names in options["task"] for name in names.split(",") if name)
     settings = EvaluationSettings(**options)
     quiet_libraries()
     if settings.measures_perplexity:

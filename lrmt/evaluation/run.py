@@ -195,7 +195,7 @@ def open_contenders(settings: EvaluationSettings, tokenizer=None) -> tuple:
     """The model and its contenders; says so when there is one only."""
     model = load_model(settings)
     contenders = build_contenders(model, settings.baseline, tokenizer=tokenizer, rag=settings.rag)
-    if len(contenders) == 1:
+    if not hasattr(model, "disable_adapter"):
         print("merged model: no adapter to disable, so the baselines on its backbone are left out")
     return model, contenders
 

@@ -43,7 +43,7 @@ class Curriculum:
         if len(self.max_steps) != len(self.stages) or any(n < 1 for n in self.max_steps):
             raise UsageError(
                 f"`--stage_max_steps` must be one number or one per stage, each 1 or more; got {self.max_steps} for "
-                f"{len(self.stages)} stages"
+                f"{len(self.stages)} stages (where it is not a flag, it comes from the configuration)"
             )
         if self.min_segments < 1:
             raise UsageError(f"`--min_segments` must be 1 or more; got {self.min_segments}")
