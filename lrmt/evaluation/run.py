@@ -64,7 +64,7 @@ def run_evaluation(settings: EvaluationSettings) -> list[dict]:
     pending = {cell: todo for cell, todo in pending.items() if todo}
     kept = {
         cell: KeptAnswers(
-            folder.path / "answers" / endpoint.name.replace("/", "_") / f"{name_file(cell, cell.tokens)}.jsonl",
+            folder.path / "answers" / endpoint.name.replace("/", "_") / f"{name_file(cell)}.jsonl",
             fresh=not folder.resumed,
             write=ranks.is_main_process,
         )
@@ -156,10 +156,10 @@ def is_hopeless(records: list[dict], model: str, cell: Cell, threshold: float | 
     )
 
 
-def name_file(cell: Cell, length: int | None) -> str:
+def name_file(cell: Cell) -> str:
     """What the files of a cell are called: task, tokens ("rows" where each has its own length) and depth."""
     depth = "" if cell.depth is None else f"_depth_{cell.depth:g}"
-    return f"{cell.task}_{'rows' if length is None else length}{depth}"
+    return f"{cell.task}_{'rows' if cell.tokens is None else cell.tokens}{depth}"
 
 
 def keep_predictions(path, settings: EvaluationSettings, cell: Cell, contender, answers: list[Answer], task):
@@ -221,17 +221,15 @@ def build_background(settings: EvaluationSettings, tokenizer, longest: int) -> B
     """What hides the facts in all tasks; None where none has any. UsageError where it is too short for `longest` tokens."""
     if settings.dataset_name or not HAYSTACKS.keys() & set(settings.task):
         return None
-    background = open_background(
+    return open_background(
         tokenizer,
         background_dir=settings.background_dir,
         background_dataset=settings.background_dataset,
         split=settings.split,
         seed=settings.seed,
         longest=longest,
+        repeat=settings.repeat_background,
     )
-    if not settings.repeat_background:
-        background.reserve(longest)
-    return background
 
 
 def build_tasks(

@@ -203,10 +203,12 @@ def open_background(
     split: str = "train",
     seed: int = 0,
     longest: int = 0,
+    repeat: bool = True,
 ) -> Background:
     """Books of files or of a data set, or built-in prose; texts of one split never occur in another's, but for files.
 
-    A data set is read until there are `longest` tokens. Raises UsageError when both are named.
+    A data set is read until there are `longest` tokens. Raises UsageError when both are named, and unless books may `repeat`
+    where they are shorter than that.
     """
     if background_dir is not None and background_dataset is not None:
         raise UsageError(
@@ -215,10 +217,14 @@ def open_background(
         )
     if background_dataset is not None:
         enough = max(MAX_DATASET_TOKENS, longest)
-        return Background.from_dataset(background_dataset, tokenizer, split=split, num_tokens=enough)
-    if background_dir is not None:
-        return Background(background_dir, tokenizer)
-    return ProceduralProse(tokenizer, seed=f"{seed}/{split}")
+        background = Background.from_dataset(background_dataset, tokenizer, split=split, num_tokens=enough)
+    elif background_dir is not None:
+        background = Background(background_dir, tokenizer)
+    else:
+        background = ProceduralProse(tokenizer, seed=f"{seed}/{split}")
+    if not repeat:
+        background.reserve(longest)
+    return background
 
 
 def _load_or_tokenise(tokenizer, cache_dir, key: str, books: Iterable[list[str]], num_tokens: int | None = None):

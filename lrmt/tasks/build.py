@@ -86,9 +86,8 @@ class GenerationSettings:
             split=self.split,
             seed=self.seed,
             longest=longest,
+            repeat=self.repeat_background,
         )
-        if not self.repeat_background:
-            background.reserve(longest)
         options = (
             "split",
             "seed",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 import lrmt
@@ -235,7 +235,7 @@ def _what_is_broken(checkpoint: Path) -> str | None:
                 json.loads((checkpoint / name).read_text())
             else:
                 safe_open(checkpoint / name, "pt")
-        except Exception:
+        except (OSError, ValueError, SafetensorError):
             return f"{name} cannot be read"
     return None
 
