@@ -19,8 +19,10 @@ import numpy as np
 from common import write_report
 from transformers import AutoTokenizer
 
-from lrmt.tasks import Background, ProceduralProse, build_task
-from lrmt.tasks.build import TINY_TOKENIZER, parse_tokens
+from lrmt.data.write import TINY_TOKENIZER
+from lrmt.lengths import parse_tokens
+from lrmt.tasks.background import Background, ProceduralProse
+from lrmt.tasks.registry import build_task
 
 
 def make_plainly(task, tokenizer, index: int, length: int) -> np.ndarray:

@@ -463,7 +463,7 @@ def evaluate_harness(options, harness, harness_data, harness_prompt):
             f"--harness NAME… stands alone, with --harness_data, --harness_prompt and {', '.join(OF_HARNESS)}; got {got}"
         )
     quiet_libraries()
-    from lrmt.evaluation.harness import run_harness
+    from lrmt.evaluation.harness.run import run_harness
 
     reading = {name: options[name] for name in ("load_in_4bit", *READING) if options[name] is not None}
     run_harness(
@@ -500,7 +500,7 @@ def merge(options):
 
 
 def rescore(options):
-    from lrmt.evaluation.rescore import score_folder
+    from lrmt.evaluation.babilong.rescoring import score_folder
 
     score_folder(**options)
 
@@ -513,7 +513,7 @@ def report(options):
 
 def build_data(options):
     quiet_libraries()
-    from lrmt.tasks.build import BuildSettings, build
+    from lrmt.data.write import BuildSettings, build
 
     options.update(task=tuple(options["task"]), lengths=tuple(options["lengths"]))
     files = build(BuildSettings(**options))
@@ -523,7 +523,7 @@ def build_data(options):
 
 def show_data(options):
     quiet_libraries()
-    from lrmt.tasks.show import ShowSettings, show
+    from lrmt.data.show import ShowSettings, show
 
     show(ShowSettings(**options | {"task": tuple(options["task"]), "lengths": tuple(options["lengths"])}))
 

@@ -43,8 +43,8 @@ from transformers import (
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from lrmt.errors import UsageError
-from lrmt.tasks import build_task
 from lrmt.tasks.background import Background, ProceduralProse
+from lrmt.tasks.registry import build_task
 
 SHAPE = {  # 0.8 million parameters, the embedding tied
     "hidden_size": 128,

@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from lrmt.tasks import babi, build_task
+from lrmt.tasks import babi
+from lrmt.tasks.registry import build_task
 
 ROOT = Path(__file__).resolve().parents[1]
 ASSETS = ROOT / "lrmt" / "assets"

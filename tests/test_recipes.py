@@ -19,7 +19,7 @@ from lrmt.arguments import (
     parse_arguments,
 )
 from lrmt.models import LandmarkConfig, RmtConfig
-from lrmt.tasks.curriculum import Curriculum
+from lrmt.training.curriculum import Curriculum
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
@@ -126,7 +126,7 @@ def test_dry_run_counts_what_trains_and_writes_nothing(
     run_recipe, small_flags, recipe, flags, tmp_path, monkeypatch, capsys
 ):
     from lrmt.models import RmtForCausalLM
-    from lrmt.training.backbone import build_model
+    from lrmt.training.build import build_model
 
     monkeypatch.chdir(tmp_path)
     name = recipe.replace("rmt_", "tiny-")

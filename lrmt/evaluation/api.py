@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from lrmt.errors import UsageError, one_line
-from lrmt.evaluation.prompts import NEW_TOKENS
+from lrmt.evaluation.babilong.prompts import NEW_TOKENS
 
 CHARACTERS_PER_TOKEN = 4  # of English, in the tokenizers of today
 LONGEST_BACKOFF = 8  # seconds that the client waits between two tries, unless the server asks for more

@@ -11,10 +11,11 @@ from accelerate.utils import gather_object
 from accelerate.utils.memory import should_reduce_batch_size
 
 from lrmt.errors import UsageError, one_line
-from lrmt.evaluation.baselines import Contender, EndpointContender
+from lrmt.evaluation.babilong.prompts import count_new_tokens
+from lrmt.evaluation.contenders import Contender, EndpointContender
 from lrmt.evaluation.metrics import score
-from lrmt.evaluation.prompts import count_new_tokens
-from lrmt.evaluation.results import build_failed_record, build_record, write_whole
+from lrmt.evaluation.results import build_failed_record, build_record
+from lrmt.files import write_whole
 
 # The token ids of one batch are held at once: 2**24 of them are 128 MB. Longer texts come in smaller batches.
 MAX_BATCH_TOKENS = 2**24

@@ -3,7 +3,7 @@
 import math
 import re
 
-from lrmt.labels import LABELS, TASK_LABELS, is_answer, split_target
+from lrmt.tasks.names import LABELS, TASK_LABELS, is_answer, split_target
 
 __all__ = ["RULES", "TASK_LABELS", "is_answer", "score", "wilson_interval"]
 

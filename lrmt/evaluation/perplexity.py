@@ -5,13 +5,13 @@ import torch
 from tqdm import tqdm
 
 from lrmt.errors import UsageError
-from lrmt.evaluation.baselines import Contender
+from lrmt.evaluation.contenders import Contender
 from lrmt.evaluation.grid import MAX_BATCH_TOKENS
 from lrmt.evaluation.plots import draw_perplexity
 from lrmt.evaluation.results import ResultsFolder, format_table
 from lrmt.evaluation.run import load_tokenizer, open_contenders, read_segment_length, refuse_too_large_batches
 from lrmt.evaluation.settings import EvaluationSettings
-from lrmt.tasks import build_task
+from lrmt.tasks.registry import build_task
 
 NUM_SAMPLES = 20
 

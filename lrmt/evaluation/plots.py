@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lrmt.evaluation.results import pool_depths
+from lrmt.lengths import format_tokens
 
 
 @dataclass(frozen=True)
@@ -180,11 +181,3 @@ def to_png(figure) -> bytes:
     figure.savefig(buffer, format="png", dpi=150)
     plt.close(figure)
     return buffer.getvalue()
-
-
-def format_tokens(tokens: int) -> str:
-    """0k (as BABILong has it), 512, 1k, 8.2k, 16k, 1M: at most three figures, 1k = 1000."""
-    if tokens < 1000:
-        return str(tokens or "0k")
-    value, unit = (tokens / 1000, "k") if tokens < 999_500 else (tokens / 1_000_000, "M")
-    return f"{value:.1f}".removesuffix(".0") + unit if value < 10 else f"{value:.0f}{unit}"

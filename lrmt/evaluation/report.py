@@ -8,21 +8,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lrmt.errors import UsageError, one_line, suggest
+from lrmt.evaluation.babilong.predictions import describe_variant
+from lrmt.evaluation.babilong.published import MEAN, PAPERS, published_records
+from lrmt.evaluation.babilong.rescoring import RULES
 from lrmt.evaluation.metrics import TASK_LABELS
-from lrmt.evaluation.published import MEAN, PAPERS, published_records
-from lrmt.evaluation.rescore import RULES
-from lrmt.evaluation.results import PLACE, check_not_there, pool_depths, write_files
-from lrmt.evaluation.settings import TASKS
-from lrmt.evaluation.submission import count_tokens, describe_variant
+from lrmt.evaluation.results import PLACE, check_not_there, pool_depths
+from lrmt.files import write_files
+from lrmt.lengths import format_tokens, parse_tokens
+from lrmt.tasks.names import GENERATED
 
 FILES = ("results.json", "scores.json")
 WRITTEN = ("report.png", "report.md", "report.csv")
 MEAN_TASKS = ("qa1", "qa2", "qa3", "qa4", "qa5")
-ORDER = (*TASKS, MEAN, "dataset")
+ORDER = (*GENERATED, MEAN, "dataset")
 KEYS = ("model", "task", "length_tokens", "accuracy")
 
 #: BABILong's lengths; a text within this share of one stands in its column
-NOMINAL = tuple(count_tokens(f"{2**n}k") for n in range(10)) + tuple(count_tokens(f"{n}M") for n in (1, 2, 4, 8, 10))
+NOMINAL = tuple(parse_tokens(f"{2**n}k") for n in range(10)) + tuple(parse_tokens(f"{n}M") for n in (1, 2, 4, 8, 10))
 TOLERANCE = 0.05
 
 
@@ -81,7 +83,7 @@ def check_request(paths, task, names, scoring):
 
 def read_length(record: dict) -> int:
     """The length that was asked for, by its name where it has one: "4k" is 4000 tokens, if fewer were left of it."""
-    return count_tokens(record["length"]) if "length" in record else record["length_tokens"]
+    return parse_tokens(record["length"]) if "length" in record else record["length_tokens"]
 
 
 def find_column(tokens: int) -> int:
@@ -210,8 +212,6 @@ def format_accuracy(record: dict | None) -> str:
 
 def format_markdown(series: list[Series], scoring: str) -> str:
     """A table of task and model by length, and the papers of its published rows."""
-    from lrmt.evaluation.plots import format_tokens
-
     rows, lengths = arrange(series)
     lines = [
         f"Accuracy in %, of several depths the mean; scored predictions under the rule `{scoring}`.",
@@ -248,7 +248,7 @@ def draw_report(series: list[Series]) -> bytes:
     """The same table as a heat map, published rows in italics."""
     import numpy as np
 
-    from lrmt.evaluation.plots import Panel, draw_panels, format_tokens
+    from lrmt.evaluation.plots import Panel, draw_panels
 
     rows, lengths = arrange(series)
     values = np.full((len(rows), len(lengths)), np.nan)

@@ -1,11 +1,11 @@
 """The records of an evaluation: on disk, and as a table."""
 
 import json
-import os
 from pathlib import Path
 
 from lrmt.errors import UsageError
 from lrmt.evaluation.metrics import wilson_interval
+from lrmt.files import to_json, write_whole
 
 PLACE = ("model", "task", "length_tokens", "segments")
 
@@ -134,31 +134,6 @@ def check_not_there(folder, names: list[str], overwrite: bool):
     there = [name for name in names if (folder / name).exists()]
     if there and not overwrite:
         raise UsageError(f"--output_dir {folder} holds {there[0]} already; name another, or give --overwrite")
-
-
-def write_files(folder, files: dict[str, str | bytes]):
-    """Writes each file whole into `folder`, made if need be. Raises UsageError where it cannot be written."""
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            write_whole(folder / name, content)
-    except OSError as error:
-        raise UsageError(f"--output_dir {folder} cannot be written ({error.strerror}); name another") from None
-
-
-def write_whole(path: Path, content: str | bytes):
-    """Writes under a temporary name and renames, so that a reader never sees half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(temporary, path)
-
-
-def to_json(value) -> str:
-    """JSON with one line for each record or key."""
-    if isinstance(value, list):
-        return "[\n" + ",\n".join("  " + json.dumps(record) for record in value) + "\n]\n"
-    return json.dumps(value, indent=2) + "\n"
 
 
 def format_cell(record: dict) -> str:

@@ -10,17 +10,18 @@ from transformers import AutoConfig, AutoTokenizer
 
 import lrmt
 from lrmt.errors import UsageError, one_line
-from lrmt.evaluation.baselines import build_contenders, build_endpoint_contender
+from lrmt.evaluation.babilong.predictions import Predictions, build_variant, remove_predictions, write_predictions
+from lrmt.evaluation.babilong.prompts import count_new_tokens
+from lrmt.evaluation.contenders import build_contenders, build_endpoint_contender
 from lrmt.evaluation.grid import Answer, KeptAnswers, measure_cell
 from lrmt.evaluation.plots import draw_depths, draw_heatmap
-from lrmt.evaluation.prompts import count_new_tokens
 from lrmt.evaluation.results import ResultsFolder, format_table
 from lrmt.evaluation.settings import READING, Cell, EvaluationSettings
-from lrmt.evaluation.submission import Predictions, build_variant, remove_predictions, write_predictions
-from lrmt.labels import LABELS, TASK_LABELS
 from lrmt.models import LongContextConfig
-from lrmt.tasks import HAYSTACKS, Background, build_task, open_background
+from lrmt.tasks.background import Background, open_background
 from lrmt.tasks.dataset import DatasetTask, StoredTask
+from lrmt.tasks.names import LABELS, TASK_LABELS
+from lrmt.tasks.registry import HAYSTACKS, build_task
 
 PREDICTIONS = "babilong_evals"  # folder of the answers
 

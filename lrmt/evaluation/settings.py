@@ -1,21 +1,18 @@
 """What `lrmt evaluate` and `lrmt inspect` are asked to do: every field is the flag of the same name, checked on construction."""
 
-import hashlib
-import re
 from dataclasses import MISSING, dataclass, fields
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 from lrmt import __version__
 from lrmt.errors import UsageError, suggest
-from lrmt.evaluation.metrics import RULES, TASK_LABELS
-from lrmt.lengths import parse_tokens, spell_length
+from lrmt.evaluation.metrics import RULES
+from lrmt.files import fingerprint
+from lrmt.lengths import parse_segments, parse_tokens, spell_length
+from lrmt.tasks.names import GENERATED, KNOWN_HAYSTACKS, SPLITS
 
-NEEDLES = ("niah_single", "memorize", "detect_memorize", "reasoning")
-TASKS = ("passkey", *sorted(TASK_LABELS, key=lambda name: int(name[2:])), *NEEDLES)
-KNOWN_TASKS = f"passkey, qa1, … qa20, {', '.join(NEEDLES)}, perplexity"
-SPLITS = ("train", "validation", "test")
+KNOWN_TASKS = f"passkey, {KNOWN_HAYSTACKS}, perplexity"
 DEFAULT_LENGTHS = ("1", "2", "4", "8", "16", "32")
 PERPLEXITY_LENGTHS = ("1", "2", "4", "8")
 
@@ -175,12 +172,12 @@ class EvaluationSettings:
             raise UsageError(f"give --task ({KNOWN_TASKS}) or --dataset_name (a .jsonl file of your own rows)")
         self._check_tasks()
         for length in self.lengths:
-            parse_length(length)
+            parse_segments(length)
 
     def _check_tasks(self):
         for name in self.task:
-            if name not in TASKS:
-                got = f"{name!r}{suggest(name, (*TASKS, 'perplexity'))}"
+            if name not in GENERATED:
+                got = f"{name!r}{suggest(name, (*GENERATED, 'perplexity'))}"
                 raise UsageError(f"--task must be one of {KNOWN_TASKS}; got {got}")
 
     def _check_perplexity(self):
@@ -200,7 +197,7 @@ class EvaluationSettings:
                 "--task perplexity needs --text_path; got none. Name a folder of .txt files, a .txt or .jsonl file or a Hub id"
             )
         for length in self.lengths:
-            if parse_length(length) == 0:
+            if parse_segments(length) == 0:
                 raise UsageError(f"--lengths must be at least one segment for perplexity; got {length!r}")
 
     def _check_dataset(self):
@@ -226,7 +223,7 @@ class EvaluationSettings:
                 )
             for length in self.lengths:
                 parse_tokens(length)
-        elif self.dataset_split in TASKS:
+        elif self.dataset_split in GENERATED:
             raise UsageError(
                 f"--dataset_split {self.dataset_split} is a task, and rows of your own are not scored as one; give --task "
                 f"{self.dataset_split} --lengths {self.dataset_config or '4k'} instead"
@@ -252,7 +249,7 @@ class EvaluationSettings:
             if self.dataset_name:
                 names[parse_tokens(text)] = spell_length(text)
             else:
-                tokens = parse_length(text, segment_length) * segment_length
+                tokens = parse_segments(text, segment_length) * segment_length
                 names[tokens] = str(tokens) if text.isdigit() else spell_length(text)
         return [
             Cell(task, -(-tokens // segment_length), depth, names[tokens], tokens)
@@ -355,53 +352,6 @@ def check_model_folder(path: str):
     if not (folder / "config.json").is_file():
         there = ", ".join(sorted(file.name for file in folder.iterdir())[:10]) or "nothing"
         raise UsageError(f"--adapter_path {folder} has no config.json, so it is no lrmt model; it holds: {there}")
-
-
-def parse_length(text: str, segment_length: int | None = None) -> int:
-    """Segments in a length: "8" is 8 segments, "4k" or "1M" are tokens, rounded down to whole segments; "0k" is 0.
-
-    Without `segment_length` only the spelling is checked, and a length in tokens counts as 1.
-    """
-    match = re.fullmatch(r"(\d+)|(\d+(?:\.\d+)?)([kKmM])", str(text))
-    if match is None:
-        raise UsageError(f"--lengths takes segments (8) or tokens (4k, 0.5M); got {text!r}")
-    if match[1]:
-        segments = int(match[1])
-    elif float(match[2]) == 0:
-        return 0
-    elif segment_length is None:
-        segments = 1
-    else:
-        tokens = round(float(match[2]) * (1_000 if match[3] in "kK" else 1_000_000))
-        segments = tokens // segment_length
-        if segments < 1:
-            raise UsageError(f"--lengths {text} is less than one segment of {segment_length} tokens; ask for more")
-    if segments < 1:
-        raise UsageError(f"--lengths must be at least one segment; got {text!r}")
-    return segments
-
-
-def fingerprint(path, *patterns: str) -> str | None:
-    """A digest of the file, or of those of the folder (default: weights and configurations); other names stay as they are."""
-    if path is None or not Path(path).exists():
-        return path
-    path, patterns = Path(path), patterns or ("*.safetensors", "*config.json")
-    files = [path] if path.is_file() else sorted({file for pattern in patterns for file in path.glob(pattern)})
-    digest = hashlib.sha256()
-    for file in files:
-        stat = file.stat()
-        digest.update(file.name.encode() + digest_file(file, stat.st_mtime_ns, stat.st_size))
-    return digest.hexdigest()[:16]
-
-
-@cache
-def digest_file(file: Path, *stamp) -> bytes:
-    """A digest of the content; `stamp` tells it from what the file held before."""
-    digest = hashlib.sha256()
-    with open(file, "rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
-    return digest.digest()
 
 
 def fingerprint_rows(path) -> str | None:

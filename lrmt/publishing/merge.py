@@ -14,9 +14,9 @@ from torch import nn
 from transformers import AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
+from lrmt.adapters.adapter import load
+from lrmt.adapters.backbone import keep_4bit_trainable
 from lrmt.errors import UsageError
-from lrmt.training.checkpoint import load
-from lrmt.training.trainer import keep_4bit_trainable
 
 
 def merge_adapter(

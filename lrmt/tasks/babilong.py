@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 
 from lrmt.errors import UsageError
-from lrmt.labels import TASK_LABELS
 from lrmt.tasks import babi
 from lrmt.tasks.background import Background
 from lrmt.tasks.base import derive_seed, epoch_order, hold_out
 from lrmt.tasks.haystack import HaystackTask
+from lrmt.tasks.names import TASK_LABELS
 
 _MAX_STORIES = 10_000  # simulated stories tried before a length counts as too short
 

@@ -9,9 +9,10 @@ import numpy as np
 from tqdm import tqdm
 
 from lrmt.errors import UsageError
+from lrmt.files import digest, digest_each
 from lrmt.tasks import prose
 from lrmt.tasks.base import Pieces, derive_seed
-from lrmt.tasks.cache import Arrays, cache_folder, digest, digest_each, fingerprint_tokenizer, load_or_make
+from lrmt.tasks.cache import Arrays, cache_folder, fingerprint_tokenizer, load_or_make
 from lrmt.tasks.documents import read_documents, split_sentences, stream_share, text_files
 
 MIN_SENTENCE_TOKENS = 10

@@ -10,8 +10,6 @@ import numpy as np
 
 from lrmt.errors import UsageError
 
-SPLITS = ("train", "validation", "test")
-
 
 @dataclass(frozen=True)
 class Example:

@@ -1,17 +1,17 @@
 """Arrays on disk, made once, written whole and mapped into memory."""
 
-import hashlib
 import json
 import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from lrmt.errors import UsageError
+from lrmt.files import digest
 
 Arrays = dict[str, np.ndarray]
 
@@ -19,19 +19,6 @@ Arrays = dict[str, np.ndarray]
 def cache_folder(folder: str | Path | None = None) -> Path:
     """Where caches are: `folder`, else $LRMT_CACHE, else ~/.cache/lrmt."""
     return Path(folder or os.environ.get("LRMT_CACHE") or Path.home() / ".cache" / "lrmt")
-
-
-def digest(*parts: str) -> str:
-    """A hash of texts, each as long as it likes."""
-    return digest_each(parts)
-
-
-def digest_each(parts: Iterable[str]) -> str:
-    """`digest` of texts of which one is held at a time."""
-    whole = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        whole.update(hashlib.blake2b(part.encode("utf-8", "replace")).digest())
-    return whole.hexdigest()
 
 
 def fingerprint_tokenizer(tokenizer) -> str:

@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from lrmt.errors import UsageError, one_line
-from lrmt.labels import LABELS, is_answer
 from lrmt.lengths import parse_tokens, spell_length
 from lrmt.tasks.base import Example, Pieces, Task, check_segment, epoch_order, hold_out, join
+from lrmt.tasks.names import LABELS, is_answer
 
 COLUMNS = ("input", "question", "target")  # the public BABILong schema
 CARD = "README.md"  # which says what is in a folder

@@ -7,7 +7,7 @@ import time
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
-from lrmt.tasks.curriculum import Curriculum
+from lrmt.training.curriculum import Curriculum
 
 
 class CurriculumCallback(TrainerCallback):

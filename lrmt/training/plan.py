@@ -11,10 +11,10 @@ from peft import get_peft_model
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 from trl import get_peft_config
 
+from lrmt.adapters.backbone import open_pretrained
 from lrmt.arguments import ModelArguments, TaskArguments, TrainingArguments
 from lrmt.models.base import LongContextModel
-from lrmt.tasks.curriculum import Curriculum
-from lrmt.training.backbone import open_pretrained
+from lrmt.training.curriculum import Curriculum
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a weight, its block's constant, that constant's own block
 

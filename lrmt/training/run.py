@@ -14,13 +14,14 @@ from accelerate import PartialState
 from transformers import AutoConfig, set_seed
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from lrmt.adapters.backbone import load_tokenizer, open_pretrained
 from lrmt.arguments import CurriculumArguments, ModelArguments, TaskArguments, TrainingArguments, as_dict
 from lrmt.errors import UsageError
 from lrmt.models.base import LongContextModel
-from lrmt.tasks import build_task
-from lrmt.tasks.curriculum import Curriculum
-from lrmt.training.backbone import build_model, load_tokenizer, open_pretrained, trainable_names
+from lrmt.tasks.registry import build_task
+from lrmt.training.build import build_model, trainable_names
 from lrmt.training.checkpoint import check_resumable, find_checkpoint
+from lrmt.training.curriculum import Curriculum
 from lrmt.training.plan import describe_plan
 from lrmt.training.trainer import LongContextTrainer
 

@@ -8,7 +8,6 @@ import os
 from pathlib import Path
 
 import torch
-from bitsandbytes.nn import Linear4bit
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import Trainer, get_scheduler
@@ -16,14 +15,16 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_callback import ProgressCallback as HfProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 
+from lrmt.adapters.adapter import save_adapter
+from lrmt.adapters.backbone import keep_4bit_trainable
 from lrmt.arguments import TrainingArguments
 from lrmt.errors import TrainingFault
 from lrmt.tasks.base import Task
-from lrmt.tasks.collate import collate
-from lrmt.tasks.curriculum import Curriculum
 from lrmt.training.callbacks import CurriculumCallback, ProgressCallback
-from lrmt.training.checkpoint import POSITION_FILE, save_adapter
-from lrmt.training.guard import check_same_segments, gather_numbers
+from lrmt.training.checkpoint import POSITION_FILE
+from lrmt.training.collate import collate
+from lrmt.training.curriculum import Curriculum
+from lrmt.training.ranks import check_same_segments, gather_numbers
 
 
 class LongContextTrainer(Trainer):
@@ -237,14 +238,3 @@ def exact_matches(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     row = scored.nonzero()[:, 0]
     wrong = (logits.argmax(-1) != labels[:, 1:][scored]).long()
     return torch.zeros(len(labels), dtype=torch.long, device=labels.device).index_add(0, row, wrong) == 0
-
-
-def keep_4bit_trainable(model: torch.nn.Module) -> None:
-    """Leaves 4-bit layers in training mode while the rest of the model evaluates.
-
-    On CPUs with bf16 instructions bitsandbytes repacks a layer when it first runs in eval mode; the repacked layer has no
-    gradient, so that training would go on with silently wrong ones.
-    """
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.training = True

@@ -8,9 +8,9 @@ import pytest
 from lrmt.errors import UsageError
 from lrmt.evaluation import api
 from lrmt.evaluation.api import Endpoint
-from lrmt.evaluation.prompts import PARTS, TEMPLATE, prompt_parts
-from lrmt.evaluation.rescore import score_folder
-from lrmt.evaluation.submission import Predictions, build_variant, write_predictions
+from lrmt.evaluation.babilong.predictions import Predictions, build_variant, write_predictions
+from lrmt.evaluation.babilong.prompts import PARTS, TEMPLATE, prompt_parts
+from lrmt.evaluation.babilong.rescoring import score_folder
 
 TIMEOUT = 1.0
 TRIES = 3

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from lrmt.errors import UsageError
-from lrmt.evaluation.baselines import answer, build_contenders
+from lrmt.evaluation.contenders import answer, build_contenders
 from lrmt.models import RmtForCausalLM
 from lrmt.tasks.base import Example
 

@@ -8,10 +8,10 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
+from lrmt.adapters.adapter import save_adapter
 from lrmt.cli import main
 from lrmt.models import RmtForCausalLM
-from lrmt.tasks import Background
-from lrmt.training.checkpoint import save_adapter
+from lrmt.tasks.background import Background
 
 SEGMENT = 384
 

@@ -12,13 +12,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from lrmt.adapters.adapter import save_adapter
 from lrmt.cli import main
 from lrmt.errors import UsageError
 from lrmt.evaluation import api
+from lrmt.evaluation.babilong.rescoring import score_folder
 from lrmt.evaluation.grid import KeptAnswers
-from lrmt.evaluation.rescore import score_folder
 from lrmt.models import RmtForCausalLM
-from lrmt.training.checkpoint import save_adapter
 
 TINY = Path(__file__).parents[2] / "lrmt" / "assets" / "tiny-llama"
 SEGMENT = 80

@@ -11,10 +11,11 @@ from evaluation_fakes import EOS, PAD, SEGMENT, FakeModel, FakeTask, FakeTokeniz
 import lrmt
 from lrmt.errors import UsageError
 from lrmt.evaluation import grid, run
-from lrmt.evaluation.baselines import answer, build_contenders, pad_left
-from lrmt.evaluation.plots import draw_heatmap, format_tokens
+from lrmt.evaluation.contenders import answer, build_contenders, pad_left
+from lrmt.evaluation.plots import draw_heatmap
 from lrmt.evaluation.results import ResultsFolder, build_record, format_table
-from lrmt.evaluation.settings import EvaluationSettings, parse_length
+from lrmt.evaluation.settings import EvaluationSettings
+from lrmt.lengths import format_tokens, parse_segments
 
 KEYS = ["model", "task", "length_tokens", "segments", "accuracy", "ci_low", "ci_high", "n"]
 
@@ -306,20 +307,20 @@ def test_an_answer_ends_at_the_end_of_sequence():
     ],
 )
 def test_lengths_are_segments_or_tokens_rounded_down(text, segments):
-    assert parse_length(text, 512) == segments
+    assert parse_segments(text, 512) == segments
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "x", "4kb", "1.5", "", "k", "1e3"])
 def test_other_lengths_are_refused(text):
     with pytest.raises(UsageError, match="--lengths"):
-        parse_length(text)
+        parse_segments(text)
     with pytest.raises(UsageError, match="--lengths"):
-        parse_length(text, 512)
+        parse_segments(text, 512)
 
 
 def test_fewer_tokens_than_a_segment_are_refused():
     with pytest.raises(UsageError, match="--lengths 1k .* 1024"):
-        parse_length("1k", 1024)
+        parse_segments("1k", 1024)
 
 
 def test_cells_are_sorted_and_told_once(adapter):

@@ -11,11 +11,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from lrmt.adapters.adapter import save_adapter
 from lrmt.cli import main
 from lrmt.evaluation import run
-from lrmt.evaluation.rescore import score_folder
+from lrmt.evaluation.babilong.rescoring import score_folder
 from lrmt.models import LandmarkForCausalLM, RmtForCausalLM
-from lrmt.training.checkpoint import save_adapter
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "lrmt" / "assets" / "tiny-llama"

@@ -10,13 +10,14 @@ import torch
 from transformers import AutoTokenizer
 
 import lrmt
+from lrmt.adapters.adapter import save_adapter
+from lrmt.adapters.backbone import load_tokenizer
 from lrmt.arguments import ModelArguments
 from lrmt.cli import main
 from lrmt.evaluation.inspect import build_records, shorten
 from lrmt.evaluation.plots import draw_retrieval
 from lrmt.models import LandmarkForCausalLM, RmtForCausalLM
-from lrmt.training.backbone import build_model, load_tokenizer
-from lrmt.training.checkpoint import save_adapter
+from lrmt.training.build import build_model
 
 K, LAYERS, HEADS, TOP_K = 8, 2, 4, 2
 TEXT = " ".join(f"Mary went to the garden and saw {n} birds." for n in range(30, 52))

@@ -11,17 +11,19 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import lrmt
+from lrmt.adapters.adapter import save_adapter
+from lrmt.adapters.backbone import load_tokenizer
 from lrmt.arguments import ModelArguments
 from lrmt.cli import main
 from lrmt.evaluation import perplexity as module
-from lrmt.evaluation.baselines import Contender, build_contenders
+from lrmt.evaluation.contenders import Contender, build_contenders
 from lrmt.evaluation.perplexity import build_record, measure_losses
 from lrmt.evaluation.plots import draw_perplexity
 from lrmt.models import LandmarkForCausalLM, RmtForCausalLM
-from lrmt.tasks import build_task, prose
+from lrmt.tasks import prose
 from lrmt.tasks.base import Example, Task, derive_rng
-from lrmt.training.backbone import build_model, load_tokenizer
-from lrmt.training.checkpoint import save_adapter
+from lrmt.tasks.registry import build_task
+from lrmt.training.build import build_model
 
 SEGMENT, VOCAB = 12, 50
 METHODS = {

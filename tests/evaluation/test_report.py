@@ -7,9 +7,10 @@ import pytest
 
 from lrmt import cli
 from lrmt.errors import UsageError
-from lrmt.evaluation.published import LENGTHS, MEAN, PAPERS, ROWS
+from lrmt.evaluation.babilong.published import LENGTHS, MEAN, PAPERS, ROWS
 from lrmt.evaluation.report import find_column, run_report
-from lrmt.evaluation.results import build_record, to_json
+from lrmt.evaluation.results import build_record
+from lrmt.files import to_json
 
 QA = ("qa1", "qa2", "qa3", "qa4", "qa5")
 BARE, FULL = (f"instruction_{x}_examples_{x}_post_prompt_{x}" for x in ("no", "yes"))

@@ -6,9 +6,10 @@ import pytest
 from scipy.stats import chisquare
 
 from lrmt.errors import UsageError
-from lrmt.tasks import babi, build_task
+from lrmt.tasks import babi
 from lrmt.tasks.babilong import BabilongTask
 from lrmt.tasks.background import Background, ProceduralProse
+from lrmt.tasks.registry import build_task
 
 FACT = re.compile(rf"(?:{'|'.join(babi.PEOPLE)}) (?:{'|'.join(babi.GO + babi.GET + babi.DROP)}) the \w+(?: there)?\.")
 

@@ -8,11 +8,12 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from lrmt.errors import UsageError
+from lrmt.files import digest
 from lrmt.tasks import babi, background, prose
 from lrmt.tasks.background import Background, ProceduralProse
-from lrmt.tasks.base import SPLITS, Pieces
-from lrmt.tasks.cache import digest
+from lrmt.tasks.base import Pieces
 from lrmt.tasks.documents import split_sentences, stream_share, strip_gutenberg
+from lrmt.tasks.names import SPLITS
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,8 @@ import json
 import pytest
 
 from lrmt.errors import UsageError
-from lrmt.labels import ROOMS
 from lrmt.tasks.dataset import DatasetTask, StoredTask, looks_local
+from lrmt.tasks.names import ROOMS
 
 ROWS = [
     {

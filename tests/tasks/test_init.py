@@ -6,7 +6,9 @@ from transformers import AutoTokenizer
 
 import lrmt
 from lrmt.errors import UsageError
-from lrmt.tasks import MixedTask, build_task, collate, prose
+from lrmt.tasks import prose
+from lrmt.tasks.registry import MixedTask, build_task
+from lrmt.training.collate import collate
 
 
 @pytest.fixture(autouse=True)

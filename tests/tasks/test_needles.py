@@ -3,9 +3,10 @@ import re
 import pytest
 
 from lrmt.errors import UsageError
-from lrmt.tasks import babi, build_task
+from lrmt.tasks import babi
 from lrmt.tasks.background import ProceduralProse
 from lrmt.tasks.needles import OPPOSITE
+from lrmt.tasks.registry import build_task
 
 NAMES = ("niah_single", "memorize", "detect_memorize", "reasoning")
 FACT = {

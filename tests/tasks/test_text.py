@@ -6,9 +6,11 @@ import torch
 
 from lrmt.arguments import TaskArguments
 from lrmt.errors import UsageError
-from lrmt.tasks import build_task, collate, prose
+from lrmt.tasks import prose
 from lrmt.tasks import text as module
+from lrmt.tasks.registry import build_task
 from lrmt.tasks.text import TextTask
+from lrmt.training.collate import collate
 
 
 def ids(tokenizer, text):

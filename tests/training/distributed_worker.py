@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from bitsandbytes.nn import Linear4bit
 
+from lrmt.adapters.backbone import keep_4bit_trainable
 from lrmt.arguments import (
     CurriculumArguments,
     LandmarkArguments,
@@ -22,7 +23,6 @@ from lrmt.arguments import (
 from lrmt.errors import TrainingFault
 from lrmt.models import LandmarkForCausalLM, RmtForCausalLM
 from lrmt.training.run import train
-from lrmt.training.trainer import keep_4bit_trainable
 
 CONFIGS = Path(__file__).parents[2] / "recipes" / "configs"
 METHODS = {"rmt": (RmtArguments, RmtForCausalLM), "landmark": (LandmarkArguments, LandmarkForCausalLM)}

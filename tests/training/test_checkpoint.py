@@ -10,8 +10,9 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 import lrmt
+from lrmt.adapters.adapter import audit_adapter, save_adapter
 from lrmt.errors import UsageError
-from lrmt.training.checkpoint import audit_adapter, find_checkpoint, save_adapter
+from lrmt.training.checkpoint import find_checkpoint
 
 FILES = {
     "README.md",

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import lrmt
-from lrmt.training.backbone import resolve_backbone
-from lrmt.training.checkpoint import audit_adapter
+from lrmt.adapters.adapter import audit_adapter
+from lrmt.adapters.backbone import resolve_backbone
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -263,7 +263,7 @@ def test_nan_is_explained_on_every_rank(sharded):
 GUARD = """
 import time
 import torch.distributed as dist
-from lrmt.training.guard import check_same_segments
+from lrmt.training.ranks import check_same_segments
 dist.init_process_group("gloo")
 check_same_segments(3, "cpu")
 print("in step", flush=True)

@@ -11,7 +11,7 @@ from lrmt.cli import main
 from lrmt.errors import UsageError
 from lrmt.models import LandmarkForCausalLM
 from lrmt.publishing.merge import merge_adapter
-from lrmt.tasks.curriculum import Curriculum
+from lrmt.training.curriculum import Curriculum
 
 SMALL = """
     --block_length 16 --context_length 200 --top_k 2 --num_digits 2 --stage_max_steps 4 --eval_samples 4 --eval_steps 2

@@ -12,21 +12,13 @@ import torch
 from torch import Tensor
 
 from lrmt.models.landmark.attention import biased_scores, masked_softmax, weighted_values
+from lrmt.models.rotary import rotate
 
 #: scores of landmarks, and elements of blocks, held at once: both bound what a chunk takes, whatever the text's length
 SCORED_AT_ONCE = 2**18
 GATHERED_AT_ONCE = 2**22
 #: how much less a landmark counts, while choosing, for being 64 blocks older than the newest without a slot of its own
 TIE_BREAK = 1e-3
-
-
-def rotate(x: Tensor, distance: Tensor, inv_freq: Tensor) -> Tensor:
-    """Turns rotary vectors `x [B, H, T, D]` by `distance [B or 1, T]` positions, in at least fp32."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    angle = distance.to(wide)[:, None, :, None] * inv_freq.to(wide)
-    cos, sin = angle.cos().repeat(1, 1, 1, 2), angle.sin().repeat(1, 1, 1, 2)
-    first, second = x.to(wide).chunk(2, dim=-1)
-    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
 
 
 class Level:

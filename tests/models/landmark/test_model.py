@@ -18,8 +18,9 @@ from transformers import (
 
 from lrmt.errors import UsageError
 from lrmt.models import LandmarkForCausalLM
-from lrmt.models.landmark.cache import Blocks, Chunk, rotate
+from lrmt.models.landmark.cache import Blocks, Chunk
 from lrmt.models.landmark.naive import naive_landmark_attention
+from lrmt.models.rotary import rotate
 
 K, VOCAB = 5, 60
 SIZES = {

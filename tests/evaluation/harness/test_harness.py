@@ -15,19 +15,20 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lrmt
+from lrmt.adapters.adapter import save_adapter
+from lrmt.adapters.backbone import resolve_backbone
 from lrmt.cli import main as lrmt_main
 from lrmt.errors import UsageError
-from lrmt.evaluation import harness, harness_tasks
-from lrmt.evaluation.baselines import answer, build_contenders
-from lrmt.evaluation.harness import run_harness
-from lrmt.evaluation.harness_model import HarnessModel
+from lrmt.evaluation.babilong.prompts import count_new_tokens
+from lrmt.evaluation.contenders import answer, build_contenders
+from lrmt.evaluation.harness import run as harness
+from lrmt.evaluation.harness import tasks as harness_tasks
+from lrmt.evaluation.harness.model import HarnessModel
+from lrmt.evaluation.harness.run import run_harness
 from lrmt.evaluation.metrics import score
-from lrmt.evaluation.prompts import count_new_tokens
 from lrmt.models import RmtForCausalLM
-from lrmt.tasks import build_task
 from lrmt.tasks.babi import simulate
-from lrmt.training.backbone import resolve_backbone
-from lrmt.training.checkpoint import save_adapter
+from lrmt.tasks.registry import build_task
 
 ROOT = Path(__file__).parents[2]
 BABILONG = Path(lm_eval.tasks.__file__).parent / "babilong"

@@ -9,10 +9,10 @@ from accelerate import PartialState
 from torch.nn import functional as F
 
 from lrmt.evaluation.api import Endpoint
-from lrmt.evaluation.prompts import PARTS, TEMPLATE, build_prompt, prompt_parts
+from lrmt.evaluation.babilong.prompts import PARTS, TEMPLATE, build_prompt, prompt_parts
 from lrmt.evaluation.rag import Retriever, bm25, context_ids, embedding_ranker
 from lrmt.evaluation.settings import DEFAULT_BASELINES
-from lrmt.evaluation.streaming import StreamedBackbone, check_rotary
+from lrmt.models.streaming import StreamedBackbone, check_rotary
 from lrmt.tasks.base import Example, Pieces
 
 #: what a prompt looks like, by the place of the question

@@ -5,16 +5,11 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from transformers import AutoModelForCausalLM
 
+from lrmt.adapters.backbone import backbone_fingerprint, load_tokenizer, resolve_backbone, shipped_backbones
 from lrmt.arguments import ModelArguments
 from lrmt.errors import UsageError
 from lrmt.models import RmtForCausalLM
-from lrmt.training.backbone import (
-    backbone_fingerprint,
-    build_model,
-    load_tokenizer,
-    resolve_backbone,
-    shipped_backbones,
-)
+from lrmt.training.build import build_model
 
 SETTINGS = {"num_memory_tokens": 3, "segment_length": 16}
 MEMORY = "base_model.model.memory_embedding.modules_to_save.default.weight"

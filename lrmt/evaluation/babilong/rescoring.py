@@ -1,8 +1,10 @@
 """`lrmt score`: public predictions, scored again under every rule."""
 
+from lrmt.evaluation.babilong.predictions import Predictions, describe_variant, find_predictions, read_predictions
 from lrmt.evaluation.metrics import score
-from lrmt.evaluation.results import align, build_record, check_not_there, to_json, write_files
-from lrmt.evaluation.submission import Predictions, describe_variant, find_predictions, read_predictions
+from lrmt.evaluation.results import align, build_record, check_not_there
+from lrmt.files import to_json, write_files
+from lrmt.lengths import format_tokens
 
 RULES = ("official", "strict", "contains")
 
@@ -56,8 +58,6 @@ def format_title(record: dict) -> str:
 
 
 def format_scores(table: list[dict]) -> str:
-    from lrmt.evaluation.plots import format_tokens
-
     tasks, lengths, cells = arrange(table)
     rows = [["task", *map(format_tokens, lengths)]]
     for task in tasks:
@@ -71,7 +71,7 @@ def draw_scores(records: list[dict]) -> bytes:
     """A PNG of one rule's records: a heat map for each model and prompt."""
     import numpy as np
 
-    from lrmt.evaluation.plots import Panel, draw_panels, format_tokens
+    from lrmt.evaluation.plots import Panel, draw_panels
 
     panels = []
     for table in split_tables(records):

@@ -1,4 +1,18 @@
-"""The answers that each bAbI task knows, which generation checks and scoring looks for."""
+"""Names of tasks and splits, and the answers that a task knows, which generation checks and scoring looks for."""
+
+SPLITS = ("train", "validation", "test")
+BABI = tuple(f"qa{n}" for n in range(1, 21))
+MEMORIES = ("memorize", "detect_memorize", "reasoning")
+NEEDLES = ("niah_single", *MEMORIES)
+#: facts hidden in background text
+HAYSTACKS = (*BABI, *NEEDLES)
+#: every task whose texts are generated
+GENERATED = ("passkey", *HAYSTACKS)
+#: what `--task` of a recipe knows
+TASKS = (*GENERATED, "dataset", "text")
+
+#: for errors and help
+KNOWN_HAYSTACKS = f"qa1, … qa20, {', '.join(NEEDLES)}"
 
 ROOMS = ("bathroom", "bedroom", "garden", "hallway", "kitchen", "office")
 YES_NO = ("no", "yes")
@@ -20,7 +34,7 @@ TASK_LABELS = {
 }
 
 #: every task whose answer is one of a few words
-LABELS = TASK_LABELS | dict.fromkeys(("memorize", "detect_memorize", "reasoning"), ROOMS)
+LABELS = TASK_LABELS | dict.fromkeys(MEMORIES, ROOMS)
 
 
 def is_answer(target: str, task: str) -> bool:

@@ -5,8 +5,8 @@ import torch
 from transformers import AutoModelForCausalLM, CohereConfig, GPT2Config, LlamaConfig, MistralConfig, StableLmConfig
 
 from lrmt.errors import UsageError
-from lrmt.evaluation.streaming import StreamedBackbone, attending_by_mask
 from lrmt.models import LandmarkForCausalLM
+from lrmt.models.streaming import StreamedBackbone, attending_by_mask
 
 VOCAB, SEGMENT, EOS = 50, 8, 49
 SHAPE = {

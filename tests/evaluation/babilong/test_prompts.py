@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from lrmt.evaluation.babilong.prompts import PARTS, PROMPTS, TEMPLATE, build_prompt, prompt_parts
 from lrmt.evaluation.metrics import TASK_LABELS, score
-from lrmt.evaluation.prompts import PARTS, PROMPTS, TEMPLATE, build_prompt, prompt_parts
 
 DATA = Path(os.environ.get("LRMT_DATA", Path(__file__).parents[3] / "shared" / "data"))
 

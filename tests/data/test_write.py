@@ -9,11 +9,13 @@ import datasets
 import pytest
 from transformers import AutoTokenizer
 
+from lrmt.data import write as module
+from lrmt.data.show import ShowSettings, highlight, show
+from lrmt.data.write import BuildSettings, build, chat
 from lrmt.errors import UsageError
-from lrmt.tasks import babi, build_task, prose
-from lrmt.tasks import build as module
-from lrmt.tasks.build import BuildSettings, build, chat, parse_tokens, spell_length
-from lrmt.tasks.show import ShowSettings, highlight, show
+from lrmt.lengths import parse_tokens, spell_length
+from lrmt.tasks import babi, prose
+from lrmt.tasks.registry import build_task
 
 TASKS, LENGTHS = ("qa1", "qa3", "niah_single"), ("0k", "1k", "4k")
 FACT = re.compile(rf"(?:{'|'.join(babi.PEOPLE)}) (?:{'|'.join(babi.GO + babi.GET + babi.DROP)}) the \w+(?: there)?\.")

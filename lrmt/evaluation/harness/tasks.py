@@ -7,7 +7,8 @@ from itertools import islice
 from pathlib import Path
 
 from lrmt.errors import UsageError, one_line, suggest
-from lrmt.evaluation.prompts import NEW_TOKENS
+from lrmt.evaluation.babilong.prompts import NEW_TOKENS
+from lrmt.lengths import parse_tokens
 from lrmt.tasks.dataset import COLUMNS, SUFFIXES, find_files
 
 #: the harness' folders of long texts: reading these takes no time, reading all of them half a minute
@@ -77,7 +78,7 @@ def override(name, original, length, tokenizer, data_dir, answer) -> dict:
     as_trained = is_babilong and answer is not None
     config = {"metadata": {**(original.cfg.get("metadata") or {}), "tokenizer": tokenizer}}
     if length is not None:
-        config["metadata"]["max_seq_lengths"] = length if is_babilong else [parse_tokens(length)]
+        config["metadata"]["max_seq_lengths"] = length if is_babilong else [count_tokens(length)]
     if as_trained:
         config |= {"description": "", "num_fewshot": 0, "doc_to_text": "{{input.strip()}} {{question.strip()}}"}
     if data_dir is None:
@@ -93,13 +94,13 @@ def override(name, original, length, tokenizer, data_dir, answer) -> dict:
     return config
 
 
-def parse_tokens(length: str) -> int:
-    match = re.fullmatch(r"(\d+)([kK]?)", str(length))
-    if match is None:
+def count_tokens(length: str) -> int:
+    """Tokens in a length as the harness' tasks spell it, where k is 1024."""
+    if not re.fullmatch(r"\d+[kK]?", str(length)):
         raise UsageError(
             f"--lengths of the harness' tasks are tokens (4096, 4k), of babilong 0k, 4k, 1M; got {length!r}"
         )
-    return int(match[1]) * (1024 if match[2] else 1)
+    return parse_tokens(length, thousand=1024)
 
 
 def require_files(folder: Path, key: str, label: str | None, required: bool) -> list[str]:

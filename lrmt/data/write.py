@@ -15,12 +15,13 @@ from tqdm import tqdm
 
 import lrmt
 from lrmt.errors import UsageError, one_line, suggest
+from lrmt.files import digest, replacing, to_json, write_whole
 from lrmt.lengths import parse_tokens, spell_length
-from lrmt.tasks import HAYSTACKS, build_task
 from lrmt.tasks.background import open_background
-from lrmt.tasks.base import SPLITS
-from lrmt.tasks.cache import digest, fingerprint_tokenizer
+from lrmt.tasks.cache import fingerprint_tokenizer
 from lrmt.tasks.haystack import HaystackTask, Row
+from lrmt.tasks.names import SPLITS
+from lrmt.tasks.registry import HAYSTACKS, build_task
 
 FORMATS = {"parquet": "parquet", "jsonl": "jsonl", "chat": "jsonl"}  # and what their files end in
 SHARD_TOKENS = 2**25  # of one file, and what one worker holds in memory
@@ -157,12 +158,12 @@ def build(settings: BuildSettings) -> list[Path]:
         for task in tasks.values():
             task.row(0, settings.context_length(length))  # what does not fit is refused here
     folder.mkdir(parents=True, exist_ok=True)
-    _write_whole(folder / IDENTITY, lambda path: path.write_text(json.dumps(identity, indent=2) + "\n"))
+    write_whole(folder / IDENTITY, to_json(identity))
     missing = sorted((s for s in shards if not s.path.exists()), key=lambda s: -parse_tokens(s.length))
     with tqdm(total=sum(s.last - s.first for s in missing), unit="sample", disable=None) as bar:
         for shard in _run(settings, tasks, missing):
             bar.update(shard.last - shard.first)
-    _write_whole(folder / "README.md", lambda path: path.write_text(_card(folder, identity)))
+    write_whole(folder / "README.md", _card(folder, identity))
     return [shard.path for shard in shards]
 
 
@@ -220,7 +221,8 @@ def _write_shard(settings: BuildSettings, task: HaystackTask, shard: Shard) -> S
         records = ({"input": row.input, "question": row.question, "target": row.target} for row in rows)
     shard.path.parent.mkdir(exist_ok=True)
     write = _write_parquet if settings.format == "parquet" else _write_jsonl
-    _write_whole(shard.path, lambda path: write(path, records))
+    with replacing(shard.path) as path:
+        write(path, records)
     return shard
 
 
@@ -235,16 +237,6 @@ def _write_jsonl(path: Path, records: Iterator[dict]) -> None:
     with open(path, "w", encoding="utf-8") as file:
         for record in records:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
-
-
-def _write_whole(path: Path, write) -> None:
-    """Write under a temporary name and rename: a file that is there is whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 CHATS = {  # what the user says, by --question_position

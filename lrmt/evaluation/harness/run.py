@@ -9,10 +9,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from lrmt.errors import UsageError, exit_on_error, suggest
-from lrmt.evaluation.harness_tasks import find_tasks, load_task
-from lrmt.evaluation.results import build_record, format_table, to_json, write_whole
+from lrmt.evaluation.harness.tasks import find_tasks, load_task
+from lrmt.evaluation.results import build_record, format_table
 from lrmt.evaluation.run import load_tokenizer, read_config, refuse_too_large_batches
 from lrmt.evaluation.settings import check_model_folder
+from lrmt.files import to_json, write_whole
 from lrmt.tasks.base import Pieces
 
 PROMPTS = ("trained", "public")
@@ -85,7 +86,7 @@ def run_harness(
     from lm_eval import simple_evaluate
     from lm_eval.utils import handle_non_serializable, make_table
 
-    from lrmt.evaluation.harness_model import HarnessModel
+    from lrmt.evaluation.harness.model import HarnessModel
 
     model = HarnessModel(adapter_path, batch_size=batch_size, **loading)
     records, predictions, reports = [], [], {}
@@ -184,9 +185,5 @@ def main():
         from lm_eval.api.registry import model_registry
 
         if "lrmt" not in model_registry:  # later versions find it by its entry point
-            model_registry.register("lrmt", target="lrmt.evaluation.harness_model:HarnessModel")
+            model_registry.register("lrmt", target="lrmt.evaluation.harness.model:HarnessModel")
         cli_evaluate()
-
-
-if __name__ == "__main__":
-    main()

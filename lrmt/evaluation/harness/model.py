@@ -7,7 +7,7 @@ from lm_eval.models.utils_hf import stop_sequences_criteria
 from tqdm import tqdm
 
 import lrmt
-from lrmt.evaluation.baselines import decode_answer, pad_left, pad_token_id
+from lrmt.evaluation.contenders import decode_answer, pad_left, pad_token_id
 from lrmt.evaluation.run import load_tokenizer
 from lrmt.tasks.base import Pieces
 

@@ -6,15 +6,15 @@ import json
 import pytest
 
 from lrmt.errors import UsageError
-from lrmt.evaluation.submission import (
+from lrmt.evaluation.babilong.predictions import (
     Predictions,
     build_variant,
-    count_tokens,
     describe_variant,
     find_predictions,
     read_predictions,
     write_predictions,
 )
+from lrmt.lengths import parse_tokens
 
 VARIANT = build_variant(["instruction", "examples", "post_prompt"])
 STEM = "qa1_4k_instruction_yes_examples_yes_post_prompt_yes_chat_template_no"
@@ -63,7 +63,7 @@ def test_a_failed_cell_or_an_unreadable_name_is_not_written(tmp_path):
 
 
 def test_names_of_lengths_and_prompts():
-    assert [count_tokens(length) for length in ("0k", "4k", "128k", "10M")] == [0, 4_000, 128_000, 10_000_000]
+    assert [parse_tokens(length) for length in ("0k", "4k", "128k", "10M")] == [0, 4_000, 128_000, 10_000_000]
     assert build_variant([]) == "instruction_no_examples_no_post_prompt_no_chat_template_no"
     assert describe_variant(build_variant([])) == "question only"
     assert describe_variant("instruction_yes_examples_no_post_prompt_yes") == "instruction + post prompt"

@@ -3,8 +3,8 @@
 import sys
 from dataclasses import dataclass
 
+from lrmt.data.write import GenerationSettings
 from lrmt.errors import UsageError
-from lrmt.tasks.build import GenerationSettings
 from lrmt.tasks.haystack import Row
 
 BOLD, PLAIN = "\033[1;33m", "\033[0m"

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from lrmt.errors import UsageError
-from lrmt.tasks.curriculum import Curriculum
+from lrmt.training.curriculum import Curriculum
 
 
 def build(**changes):

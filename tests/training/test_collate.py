@@ -1,6 +1,7 @@
 import numpy as np
 
-from lrmt.tasks import Example, collate
+from lrmt.tasks.base import Example
+from lrmt.training.collate import collate
 
 
 def test_collate_pads_right_and_scores_only_answers():

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from lrmt.errors import UsageError
-from lrmt.models.landmark.cache import rotate
+from lrmt.models.rotary import rotate
 
 
 class StreamedBackbone:

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from lrmt.errors import UsageError, one_line
 from lrmt.evaluation.metrics import TASK_LABELS, is_answer
-from lrmt.evaluation.results import to_json, write_whole
+from lrmt.files import to_json, write_whole
+from lrmt.lengths import parse_tokens
 
 COLUMNS = ("target", "output", "question")
 PROMPT_PARTS = ("instruction", "examples", "post_prompt", "chat_template")
@@ -36,14 +37,7 @@ class Predictions:
 
     @property
     def length_tokens(self) -> int:
-        return count_tokens(self.length)
-
-
-def count_tokens(length: str) -> int:
-    """Tokens in BABILong's name of a length: 0k, 4k, 1M, where 1k = 1000; a length without such a name is its tokens, 768."""
-    if length.isdigit():
-        return int(length)
-    return int(length[:-1]) * {"k": 1_000, "M": 1_000_000}[length[-1]]
+        return parse_tokens(self.length)
 
 
 def build_variant(parts: Iterable[str]) -> str:
@@ -109,7 +103,7 @@ def find_predictions(folder) -> list[Path]:
 
     def order(path):
         match = STEM.fullmatch(path.stem)
-        return path.parent, match["variant"], int(match["task"][2:]), count_tokens(match["length"])
+        return path.parent, match["variant"], int(match["task"][2:]), parse_tokens(match["length"])
 
     return sorted(files, key=order)
 

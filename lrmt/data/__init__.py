@@ -1,0 +1,1 @@
+"""`lrmt data`: samples written to disk, or shown."""

@@ -1,0 +1,1 @@
+"""BABILong's public side: prompts, predictions, published figures."""
