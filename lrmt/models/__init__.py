@@ -1,10 +1,17 @@
 """Memory methods: tensors in, tensors out."""
 
-from lrmt.models.base import LongContextConfig, LongContextModel, LongContextOutput, State
+from lrmt.models.base import LongContextConfig, LongContextModel, LongContextOutput, Span, State
 from lrmt.models.landmark import LandmarkConfig, LandmarkForCausalLM, LandmarkState
 from lrmt.models.rmt import RmtConfig, RmtForCausalLM, RmtState
 
+#: every method, by the name that its config has: read by recipes, flags, loading, exports and tests
+METHODS: dict[str, type[LongContextModel]] = {
+    "rmt": RmtForCausalLM,
+    "landmark": LandmarkForCausalLM,
+}
+
 __all__ = [
+    "METHODS",
     "LandmarkConfig",
     "LandmarkForCausalLM",
     "LandmarkState",
@@ -14,5 +21,6 @@ __all__ = [
     "RmtConfig",
     "RmtForCausalLM",
     "RmtState",
+    "Span",
     "State",
 ]

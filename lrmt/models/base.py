@@ -8,7 +8,7 @@ import json
 import logging
 import os
 from contextlib import nullcontext
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -21,6 +21,11 @@ from transformers.utils import ModelOutput
 from lrmt.errors import UsageError
 
 generation_logger = logging.getLogger("transformers.generation.configuration_utils")
+
+
+def setting(default, help: str):
+    """A field of a config that is a flag too."""
+    return dataclasses.field(default=default, metadata={"help": help})
 
 
 class LongContextConfig(PreTrainedConfig):
@@ -53,13 +58,48 @@ class LongContextConfig(PreTrainedConfig):
         if self.backbone_config is not None:
             self.tie_word_embeddings = False  # the backbone ties its own
 
-    def check_training_length(self, num_segments: int) -> None:
-        """Raises `UsageError` if texts of so many segments cannot be trained on."""
+    @classmethod
+    def own_settings(cls) -> list[dataclasses.Field]:
+        """The method's own settings, each a flag of its recipe: the fields that have a help text."""
+        return [field for field in dataclasses.fields(cls) if "help" in field.metadata]
+
+    def matters_to_training(self) -> dict[str, object]:
+        """The settings that shape batches and weights, so that a resumed run must have them as they were."""
+        return {f.name: getattr(self, f.name) for f in self.own_settings() if f.name not in self.reading_settings}
+
+    def check_training(self, num_segments: int, *, num_ranks: int = 1, task: str = "", use_peft: bool = True) -> None:
+        """Raises `UsageError` if the method cannot be trained so: on texts of at most `num_segments`, on `num_ranks` processes,
+        on a task of this name, with LoRA or without.
+        """
+
+    def activations(self, num_segments: int) -> Activations:
+        """What a training step keeps of a text of so many segments, for the estimate of memory."""
+        return Activations(self.segment_length, num_segments, 0)
 
     # DeepSpeed's "auto" settings and transformers' utilities look these up
     hidden_size = property(lambda self: self.backbone_config.hidden_size)
     vocab_size = property(lambda self: self.backbone_config.vocab_size)
     num_hidden_layers = property(lambda self: self.backbone_config.num_hidden_layers)
+
+
+class Activations(NamedTuple):
+    """Of one text: `positions` of a segment, how many segments are `live` at once, and `carried`, vectors that are kept besides."""
+
+    positions: int
+    live: int
+    carried: int
+
+
+class Span(NamedTuple):
+    """A stretch of the text that was read from memory: tokens `start` to `end` (the one after the last), the `number`-th block or
+    segment, with `weight`, its share (0..1) of the attention in a layer, averaged over heads.
+    """
+
+    layer: int
+    number: int
+    start: int
+    end: int
+    weight: float
 
 
 @dataclasses.dataclass
@@ -160,6 +200,29 @@ class LongContextModel(PreTrainedModel, GenerationMixin):
     def trained_modules(cls, settings: dict) -> list[str]:
         """Those of `memory_modules` that train under these settings."""
         return list(cls.memory_modules)
+
+    #: whether `recording` tells what was read
+    can_record: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **options):
+        """Makes every method known to transformers' Auto classes."""
+        super().__init_subclass__(**options)
+        if cls.config_class.model_type:
+            AutoConfig.register(cls.config_class.model_type, cls.config_class, exist_ok=True)
+            AutoModelForCausalLM.register(cls.config_class, cls, exist_ok=True)
+
+    def on_progress(self, share: float) -> None:
+        """Told at every training step: how far the curriculum is, 0 in its first stage, 1 in its last."""
+
+    def log_values(self) -> dict[str, float]:
+        """What the last training forward leaves for the log, by name."""
+        return {}
+
+    def recording(self):
+        """A context that collects, for every forward inside that ends in scored last tokens, what these read: a list with a list of
+        `Span` for each row. Only where `can_record`.
+        """
+        raise UsageError(f"a {self.config.model_type} model does not tell what it reads")
 
     def num_backbone_calls(self, input_ids: Tensor, attention_mask: Tensor | None = None, labels=None) -> int:
         """How often `forward` runs the backbone on this batch: what must agree between ranks."""

@@ -9,34 +9,43 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from lrmt.errors import UsageError
-from lrmt.models.base import LongContextConfig, LongContextModel, LongContextOutput, State, gathered
+from lrmt.models.base import (
+    Activations,
+    LongContextConfig,
+    LongContextModel,
+    LongContextOutput,
+    State,
+    gathered,
+    setting,
+)
 from lrmt.models.segments import Grid, Segment, pad_left
 
 
 class RmtConfig(LongContextConfig):
-    """Settings of RMT.
+    """Settings of RMT. L + 2m positions must fit into the backbone's window; m = 0 gives the plain backbone, segment by segment.
 
-    Args:
-        num_memory_tokens: m, how many embeddings carry the past; 0 gives the plain backbone, segment by segment.
-        segment_length: L, tokens per segment. L + 2m positions must fit into the backbone's window.
-        bptt_segments: k; the loss of segment s sends gradients into segments s-k+1..s (None: into all).
-        segment_alignment: "left" (the last segment is the short one) or "right" (the first is).
-        checkpoint_segments: recompute each segment in the backward pass, so that only the memory states are kept.
-        memory_noise: in training, Gaussian noise on each memory vector that is passed on, as a share of its root mean square:
-            what survives it does not drift over more segments than training had (noisy RNNs, Lim et al. 2021, 2102.04877).
+    Noise on the memory: noisy RNNs, Lim et al. 2021, 2102.04877.
     """
 
     model_type = "rmt"
 
-    num_memory_tokens: int = 16
-    segment_length: int = 1024
-    bptt_segments: int | None = None
-    segment_alignment: Literal["left", "right"] = "left"
-    checkpoint_segments: bool = True
-    memory_noise: float = 0.0
+    num_memory_tokens: int = setting(16, "Memory tokens m that carry the past.")
+    segment_length: int = setting(1024, "Tokens per segment L.")
+    bptt_segments: int | None = setting(None, "Gradients of a segment's loss reach this many segments; default: all.")
+    segment_alignment: Literal["left", "right"] = setting(
+        "left", "left: the last segment is the short one; right: the first."
+    )
+    checkpoint_segments: bool = setting(
+        True, "Recompute segments in the backward pass: memory does not grow with their number."
+    )
+    memory_noise: float = setting(
+        0.0,
+        "Noise on the memory in training, as a share of its size, so that it does not drift over longer texts; grows from none "
+        "in the first stage to this in the last.",
+    )
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -60,6 +69,26 @@ class RmtConfig(LongContextConfig):
                 f"`--segment_length` + 2 × `--num_memory_tokens` must fit into the backbone's window of {window}; "
                 f"got {length} and {m}. Lower `--segment_length` to {window - 2 * m} or less"
             )
+
+    def matters_to_training(self) -> dict[str, object]:
+        return {k: v for k, v in super().matters_to_training().items() if k != "checkpoint_segments"}
+
+    def check_training(self, num_segments: int, *, num_ranks: int = 1, task: str = "", use_peft: bool = True) -> None:
+        if self.num_memory_tokens == 0:
+            raise UsageError(
+                "`--num_memory_tokens` must be 1 or more to train a memory; got 0. 16 is the published value"
+            )
+        if self.bptt_segments and num_ranks > 1 and task == "dataset" and self.segment_alignment == "left":
+            # an answer that crosses the end of a segment is two windows, and other ranks may have one
+            raise UsageError(
+                f"`--bptt_segments` {self.bptt_segments} on several ranks needs every answer within one segment, which "
+                "your own rows have with `--segment_alignment right`; got left"
+            )
+
+    def activations(self, num_segments: int) -> Activations:
+        live = 1 if self.checkpoint_segments else min(num_segments, self.bptt_segments or num_segments)
+        m = self.num_memory_tokens
+        return Activations(self.segment_length + 2 * m, live, m * num_segments)
 
 
 @dataclasses.dataclass
@@ -86,6 +115,7 @@ class RmtForCausalLM(LongContextModel):
     state_settings = ("num_memory_tokens", "segment_length", "segment_alignment")
     memory_modules = ["memory_embedding"]
     noise_share = 1.0  #: of `memory_noise`: a curriculum starts with little, or memory is never found
+    _memory_norm: Tensor | None = None
 
     def __init__(self, config: RmtConfig, backbone: PreTrainedModel | None = None):
         super().__init__(config, backbone)
@@ -111,6 +141,12 @@ class RmtForCausalLM(LongContextModel):
 
     def _memory_weights(self):
         return [self.memory_embedding.weight]
+
+    def on_progress(self, share: float) -> None:
+        self.noise_share = share
+
+    def log_values(self) -> dict[str, float]:
+        return {} if self._memory_norm is None else {"memory_norm": float(self._memory_norm)}
 
     # ------------------------------------------------------------------ the recurrence
 
@@ -148,7 +184,7 @@ class RmtForCausalLM(LongContextModel):
             padded[attention_mask.bool()] = logits
             return LongContextOutput(logits=padded)
         targets = grid.targets()
-        norm = _root_mean_square(memory.detach())
+        norm = self._memory_norm = _root_mean_square(memory.detach())
         # one call of the head per step, also when nothing is scored: ranks must make the same module calls
         logits = self.get_output_embeddings()(hidden if len(targets) else hidden.new_zeros(1, hidden.shape[-1]))
         if not len(targets):
@@ -389,7 +425,3 @@ def _takes_embeddings(backbone: PreTrainedModel) -> bool:
     import inspect
 
     return "inputs_embeds" in inspect.signature(backbone.base_model.forward).parameters
-
-
-AutoConfig.register("rmt", RmtConfig)
-AutoModelForCausalLM.register(RmtConfig, RmtForCausalLM)

@@ -66,22 +66,19 @@ def describe_plan(
     states = count * (2 * 4 + master) / (world if stage >= 2 else 1)
     batch = training_args.per_device_train_batch_size
     method = (model.get_base_model() if peft_config else model).config
-    positions = getattr(method, "max_positions", method.segment_length + 2 * settings.get("num_memory_tokens", 0))
     hidden, layers = config.hidden_size, config.num_hidden_layers
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
-    # kept for the backward pass of one layer: residual, norms, q k v o, and the MLP's three wide tensors
-    per_segment = batch * positions * layers * wide * (8 * hidden + 3 * inner)
     segments = curriculum.stages[-1]
-    method.check_training_length(segments)
-    live = segments  # texts that are read at once
-    if "num_memory_tokens" in settings:
-        live = 1 if settings["checkpoint_segments"] else min(segments, settings["bptt_segments"] or segments)
-    boundary = batch * segments * settings.get("num_memory_tokens", 0) * hidden * wide
+    method.check_training(segments, num_ranks=world, task=task_args.task, use_peft=model_args.use_peft)
+    kept = method.activations(segments)
+    # kept for the backward pass of one layer: residual, norms, q k v o, and the MLP's three wide tensors
+    per_segment = batch * kept.positions * layers * wide * (8 * hidden + 3 * inner)
+    boundary = batch * kept.carried * hidden * wide
     rows = [
         ("frozen backbone", weights / sharded),
         ("trainable weights and gradients", count * width * 2 / sharded),
         ("optimizer states", states),
-        (f"activations of {live} segment(s)", per_segment * live),
+        (f"activations of {kept.live} segment(s)", per_segment * kept.live),
         (f"memory states of {segments} segments", boundary),
     ]
     total = sum(size for _, size in rows)

@@ -46,12 +46,6 @@ def train(
         UsageError: bad input, found before anything is written.
     """
     settings = as_dict(method_args)
-    if settings.get("num_memory_tokens") == 0:
-        raise UsageError("`--num_memory_tokens` must be 1 or more to train a memory; got 0. 16 is the published value")
-    if not model_args.use_peft and not model_class.trained_modules(settings):
-        raise UsageError(
-            "`--use_peft false` with `--landmark_embedding frozen_mean` trains nothing; leave one of them out"
-        )
     curriculum = Curriculum(
         stages=curriculum_args.curriculum_stages,
         max_steps=curriculum_args.stage_max_steps,
@@ -68,8 +62,6 @@ def train(
         if PartialState().is_main_process:
             print(describe_plan(model_class, settings, model_args, task_args, curriculum, training_args))
         return None
-    if "bptt_segments" in settings and settings["bptt_segments"] and training_args.world_size > 1:
-        _check_straddling(task_args, settings)
     checkpoint = find_checkpoint(training_args.output_dir, training_args.resume_from_checkpoint)
     resumed_here = _check_output_dir(training_args, checkpoint)
     arguments = _arguments(method_args, model_args, task_args, curriculum_args, training_args)
@@ -81,7 +73,12 @@ def train(
         backbone_config=open_pretrained(AutoConfig.from_pretrained, name, revision=revision), **settings
     )
     length = config.segment_length
-    config.check_training_length(max(curriculum.stages))
+    config.check_training(
+        max(curriculum.stages),
+        num_ranks=training_args.world_size,
+        task=task_args.task,
+        use_peft=model_args.use_peft,
+    )
     curriculum.slack = config.length_slack
     tokenizer = load_tokenizer(name, revision)
     tasks = {
@@ -162,15 +159,6 @@ def _check_precision(model_args: ModelArguments, training_args: TrainingArgument
         raise UsageError(
             f"`--dtype` must be the precision that DeepSpeed trains in; got {model_args.dtype} and {precision}. "
             f"Set `--dtype {precision}` or `{flags[model_args.dtype]}`"
-        )
-
-
-def _check_straddling(task_args: TaskArguments, settings: dict) -> None:
-    """An answer that crosses the end of a segment is two windows of truncated BPTT, and other ranks may have one."""
-    if task_args.task == "dataset" and settings["segment_alignment"] == "left":
-        raise UsageError(
-            f"`--bptt_segments` {settings['bptt_segments']} on several ranks needs every answer within one segment, which "
-            "your own rows have with `--segment_alignment right`; got left"
         )
 
 

@@ -73,7 +73,6 @@ class LongContextTrainer(Trainer):
             self.remove_callback(callback)
         # our forward takes **kwargs, from which the Trainer concludes that it divides by `num_items_in_batch`: it does not
         self.model_accepts_loss_kwargs = False
-        self._memory_norm = None
 
     # ------------------------------------------------------------------ data
 
@@ -86,7 +85,7 @@ class LongContextTrainer(Trainer):
         for _ in range(num_batches):
             next(epoch_iterator)
         step = self.state.global_step
-        self.model.get_base_model().noise_share = self.curriculum.progress
+        self.model.get_base_model().on_progress(self.curriculum.progress)
         length = self.curriculum.draw_length(step, self._segment_length)
         micro_batches = []
         for micro in range(num_batches):
@@ -112,7 +111,6 @@ class LongContextTrainer(Trainer):
         finite = gather_numbers(float(torch.isfinite(outputs.loss.detach())), self.args.device)
         if not all(finite):
             self._explain_nan(model, inputs, finite)
-        self._memory_norm = outputs.memory_norm
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     def _explain_nan(self, model, inputs, finite):
@@ -134,8 +132,8 @@ class LongContextTrainer(Trainer):
         )
 
     def log(self, logs, start_time=None):
-        if "loss" in logs and self._memory_norm is not None:
-            logs["memory_norm"] = float(self._memory_norm)
+        if "loss" in logs:
+            logs |= self.model.get_base_model().log_values()
         super().log(logs, start_time)
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):

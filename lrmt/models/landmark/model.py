@@ -10,11 +10,20 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from lrmt.errors import UsageError
-from lrmt.models.base import LongContextConfig, LongContextModel, LongContextOutput, State, gathered
+from lrmt.models.base import (
+    Activations,
+    LongContextConfig,
+    LongContextModel,
+    LongContextOutput,
+    Span,
+    State,
+    gathered,
+    setting,
+)
 from lrmt.models.landmark.attention import landmark_attention
 from lrmt.models.landmark.cache import Blocks, Chunk, Level
 
@@ -29,30 +38,27 @@ TOKENS_LAID_OUT_AT_ONCE = 8192
 
 
 class LandmarkConfig(LongContextConfig):
-    """Settings of landmark attention.
-
-    Args:
-        block_length: K positions per block, the last of which is the landmark.
-        context_length: tokens per training text; bounds the positions that are ever used.
-        top_k: blocks that a token reads beside what is near, beyond the training context.
-        train_top_k: as many in training too, so that texts beyond the training context look as they did there (None: all).
-        landmark_embedding: "trained", or "frozen_mean" (the mean of the token embeddings, for comparison).
-        retrieval: "token" (each head and token chooses its blocks) or "chunk" (each head for a whole chunk; cheaper).
-        offload_blocks: keep blocks in CPU memory; landmark keys stay on the GPU.
-        implementation: of the attention in training: auto, sdpa, flex or naive.
-    """
+    """Settings of landmark attention."""
 
     model_type = "landmark"
     reading_settings: ClassVar[tuple[str, ...]] = ("top_k", "retrieval", "offload_blocks")
 
-    block_length: int = 64
-    context_length: int = 2048
-    top_k: int = 4
-    train_top_k: int | None = None
-    landmark_embedding: Literal["trained", "frozen_mean"] = "trained"
-    retrieval: Literal["token", "chunk"] = "token"
-    offload_blocks: bool = False
-    implementation: Literal["auto", "sdpa", "flex", "naive"] = "auto"
+    block_length: int = setting(64, "Positions per block K: K-1 tokens and their landmark.")
+    context_length: int = setting(2048, "Tokens per training text, the unit of --curriculum_stages; bounds positions.")
+    top_k: int = setting(4, "Blocks that a token reads beside what is near, at inference.")
+    train_top_k: int | None = setting(
+        None, "As many in training too, as longer texts will have it; default: all blocks."
+    )
+    landmark_embedding: Literal["trained", "frozen_mean"] = setting(
+        "trained", "trained, or frozen_mean: the mean of the token embeddings."
+    )
+    retrieval: Literal["token", "chunk"] = setting(
+        "token", "token: each head and token chooses blocks; chunk: each head for a chunk."
+    )
+    offload_blocks: bool = setting(False, "Keep blocks in CPU memory at inference; landmark keys stay on the GPU.")
+    implementation: Literal["auto", "sdpa", "flex", "naive"] = setting(
+        "auto", "Of landmark attention in training: auto, sdpa, flex or naive."
+    )
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -96,13 +102,23 @@ class LandmarkConfig(LongContextConfig):
         """Positions read at once beyond the training context: whole blocks, and no position exceeds training."""
         return (self.max_positions // self.block_length - self.top_k - 2) * self.block_length
 
-    def check_training_length(self, num_contexts: int) -> None:
-        longest = self.context_length * num_contexts
+    def matters_to_training(self) -> dict[str, object]:
+        return {k: v for k, v in super().matters_to_training().items() if k != "implementation"}
+
+    def activations(self, num_segments: int) -> Activations:
+        return Activations(self.max_positions, num_segments, 0)
+
+    def check_training(self, num_segments: int, *, num_ranks: int = 1, task: str = "", use_peft: bool = True) -> None:
+        if not use_peft and self.landmark_embedding == "frozen_mean":
+            raise UsageError(
+                "`--use_peft false` with `--landmark_embedding frozen_mean` trains nothing; leave one of them out"
+            )
+        longest = self.context_length * num_segments
         longest += longest // (self.block_length - 1)
         window = getattr(self.backbone_config, "max_position_embeddings", None)
         if window is not None and longest > window:
             raise UsageError(
-                f"`--curriculum_stages` {num_contexts} × `--context_length` {self.context_length} is {longest} positions, which are "
+                f"`--curriculum_stages` {num_segments} × `--context_length` {self.context_length} is {longest} positions, which are "
                 f"trained at once and must fit into the backbone's window of {window}; 1 stage of 1 is enough for landmarks"
             )
 
@@ -428,8 +444,29 @@ class LandmarkForCausalLM(LongContextModel):
 
     # ------------------------------------------------------------------ what was read
 
+    can_record = True
+
     @contextlib.contextmanager
     def recording(self):
+        steps: list[list[list[Span]]] = []
+        with self._recording_blocks() as record:
+            try:
+                yield steps
+            finally:
+                steps += [self._spans(step) for step in record]
+
+    def _spans(self, step: dict) -> list[list[Span]]:
+        """The blocks that each row read, as spans: `{(row, layer): (blocks [H, k], shares [H, k])}` averaged over heads."""
+        rows: list[list[Span]] = [[] for _ in range(1 + max((row for row, _ in step), default=-1))]
+        size = self.config.block_length - 1
+        for (row, layer), (blocks, shares) in sorted(step.items()):
+            for block in blocks[blocks >= 0].unique().tolist():
+                share = float(shares[blocks == block].sum()) / len(blocks)
+                rows[row].append(Span(layer, block, block * size, (block + 1) * size, share))
+        return rows
+
+    @contextlib.contextmanager
+    def _recording_blocks(self):
         """Collects, for every text read inside, what the last token of each row read: `{(row, layer): (blocks, shares)}`."""
         self._record = []
         try:
@@ -447,7 +484,7 @@ class LandmarkForCausalLM(LongContextModel):
         """
         if not return_retrieval:
             return super().generate(inputs, generation_config, **kwargs)
-        with self.recording() as record:
+        with self._recording_blocks() as record:
             ids = super().generate(inputs, generation_config, **kwargs)
         return ids, record
 
@@ -531,5 +568,3 @@ def _last_only(mask: Tensor) -> Tensor:
 
 AttentionInterface.register("landmark", attend_by_landmarks)
 AttentionMaskInterface.register("landmark", keep_padding_mask)
-AutoConfig.register("landmark", LandmarkConfig)
-AutoModelForCausalLM.register(LandmarkConfig, LandmarkForCausalLM)
