@@ -2,7 +2,8 @@
 
 from lrmt.models.base import LongContextConfig, LongContextModel, LongContextOutput, Span, State
 from lrmt.models.landmark import LandmarkConfig, LandmarkForCausalLM, LandmarkState
-from lrmt.models.rmt import RmtConfig, RmtForCausalLM, RmtState
+from lrmt.models.recurrent import RecurrentConfig, RecurrentModel, RecurrentState
+from lrmt.models.rmt import RmtConfig, RmtForCausalLM
 
 #: every method, by the name that its config has: read by recipes, flags, loading, exports and tests
 METHODS: dict[str, type[LongContextModel]] = {
@@ -18,9 +19,11 @@ __all__ = [
     "LongContextConfig",
     "LongContextModel",
     "LongContextOutput",
+    "RecurrentConfig",
+    "RecurrentModel",
+    "RecurrentState",
     "RmtConfig",
     "RmtForCausalLM",
-    "RmtState",
     "Span",
     "State",
 ]
