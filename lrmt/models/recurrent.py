@@ -289,11 +289,13 @@ class RecurrentModel(LongContextModel):
     def find_fault(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> str:
         text = self._open(input_ids, attention_mask, None, None)
         grid, memory = self._grid(text.ids, text.mask, None, None), self.start(len(input_ids))
-        for s in range(len(grid) - 1):
+        broken = []
+        for s in range(len(grid) - 1):  # all of them, on every rank
             memory = self._recur(grid, range(s, s + 1), memory)[1]
-            if not math.isfinite(_root_mean_square(memory)):
-                return f"memory first breaks in segment {s + 1}"
-        return f"it breaks in the last segment, {len(grid)}"
+            broken += [] if math.isfinite(_root_mean_square(memory)) else [s + 1]
+        return (
+            f"memory first breaks in segment {broken[0]}" if broken else f"it breaks in the last segment, {len(grid)}"
+        )
 
     def on_progress(self, share: float) -> None:
         self.noise_share = share

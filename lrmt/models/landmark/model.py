@@ -7,7 +7,7 @@ import dataclasses
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lrmt.errors import UsageError
@@ -168,6 +168,26 @@ class LandmarkForCausalLM(LongContextModel):
         position_ids = torch.arange(valid.shape[1], device=valid.device)[None]
         hidden = self._run_decoder(embeds, valid, position_ids, attend)
         return hidden.gather(1, column.clamp(min=0)[..., None].expand(-1, -1, hidden.shape[-1]))
+
+    @torch.no_grad()
+    def find_fault(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> str:
+        text, inputs = self._open(input_ids, attention_mask, None, None), []
+        layers = next(m for m in self.backbone.base_model.children() if isinstance(m, nn.ModuleList))
+        hooks = [layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for layer in layers]
+        try:
+            mask = torch.ones_like(text.ids, dtype=torch.bool) if text.mask is None else text.mask
+            self._read_whole(text.ids, mask)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        length, size = self.config.context_length, self.config.block_length
+        last = -(-int(mask.sum(1).max()) // length)
+        for layer, hidden in enumerate(inputs):  # the first only: attention spreads what is not finite to all of a text
+            broken = (~hidden.isfinite().all(-1)).any(0).nonzero()
+            if len(broken):
+                token = int(broken[0]) - int(broken[0]) // size  # columns count landmarks
+                return f"hidden states first break in segment {token // length + 1} of {last}, before layer {layer + 1}"
+        return f"it breaks in one of {last} segments, in the last layer or behind it"
 
     # ------------------------------------------------------------------ reading in chunks
 
