@@ -12,83 +12,16 @@ from typing import ClassVar, NamedTuple
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from lrmt.errors import UsageError
-from lrmt.files import replacing
 from lrmt.models import scoring
+from lrmt.models.config import LongContextConfig
+from lrmt.models.state import State
 
 generation_logger = logging.getLogger("transformers.generation.configuration_utils")
-
-
-def setting(default, help: str):
-    """A field of a config that is a flag too."""
-    return dataclasses.field(default=default, metadata={"help": help})
-
-
-class LongContextConfig(PreTrainedConfig):
-    """What every method's config has: the backbone's config and where the backbone came from.
-
-    Args:
-        backbone_config: config of the wrapped transformers decoder, a config object or its dict.
-        backbone_name: Hub id, folder, or name of a shipped backbone; what `lrmt.load` opens under an adapter.
-        backbone_revision: Hub revision of it. backbone_quantization: "nf4" if the adapter was trained over 4-bit weights.
-    """
-
-    sub_configs: ClassVar[dict] = {"backbone_config": AutoConfig}
-    #: fields that say how a trained model reads, and may be changed when it is opened
-    reading_settings: ClassVar[tuple[str, ...]] = ()
-    #: tokens by which training texts should differ in length, so that their ends meet every place of an attention block
-    length_slack = 0
-
-    backbone_config: dict | PreTrainedConfig | None = None
-    backbone_name: str | None = None
-    backbone_revision: str | None = None
-    backbone_quantization: str | None = None
-    backbone_fingerprint: str | None = None
-
-    def __post_init__(self, **kwargs):
-        if isinstance(self.backbone_config, dict):
-            self.backbone_config = AutoConfig.for_model(**self.backbone_config)
-        # transformers hands this setting down to the backbone's config: keep what that one has
-        kwargs.setdefault("attn_implementation", getattr(self.backbone_config, "_attn_implementation", None))
-        super().__post_init__(**kwargs)
-        if self.backbone_config is not None:
-            self.tie_word_embeddings = False  # the backbone ties its own
-
-    @classmethod
-    def own_settings(cls) -> list[dataclasses.Field]:
-        """The method's own settings, each a flag of its recipe: the fields that have a help text."""
-        return [field for field in dataclasses.fields(cls) if "help" in field.metadata]
-
-    def matters_to_training(self) -> dict[str, object]:
-        """The settings that shape batches and weights, so that a resumed run must have them as they were."""
-        return {f.name: getattr(self, f.name) for f in self.own_settings() if f.name not in self.reading_settings}
-
-    def check_training(self, num_segments: int, *, num_ranks: int = 1, task: str = "", use_peft: bool = True) -> None:
-        """Raises `UsageError` if the method cannot be trained so: on texts of at most `num_segments`, on `num_ranks` processes,
-        on a task of this name, with LoRA or without.
-        """
-
-    def activations(self, num_segments: int) -> Activations:
-        """What a training step keeps of a text of so many segments, for the estimate of memory."""
-        return Activations(self.segment_length, num_segments, 0)
-
-    # DeepSpeed's "auto" settings and transformers' utilities look these up
-    hidden_size = property(lambda self: self.backbone_config.hidden_size)
-    vocab_size = property(lambda self: self.backbone_config.vocab_size)
-    num_hidden_layers = property(lambda self: self.backbone_config.num_hidden_layers)
-
-
-class Activations(NamedTuple):
-    """Of one text: `positions` of a segment, how many segments are `live` at once, and `carried`, vectors that are kept besides."""
-
-    positions: int
-    live: int
-    carried: int
 
 
 class Span(NamedTuple):
@@ -110,58 +43,6 @@ class LongContextOutput(ModelOutput):
     loss: Tensor | None = None
     logits: Tensor | None = None
     state: State | None = None
-
-
-@dataclasses.dataclass
-class State:
-    """What a model keeps of the text it has read: saved to one safetensors file, refused by a model that did not make it.
-
-    A state is a value: whatever goes on from it leaves it as it is. `fingerprint` is that of the model; `cache` speeds up the
-    running generation and is never saved. Every other field of a subclass is a tensor whose first dimension is the batch.
-    """
-
-    fingerprint: str
-    cache: object | None
-
-    def tensors(self) -> dict[str, Tensor]:
-        fields = (f.name for f in dataclasses.fields(self) if f.name not in ("fingerprint", "cache"))
-        return {name: getattr(self, name) for name in fields}
-
-    @property
-    def batch_size(self) -> int:
-        return len(next(iter(self.tensors().values())))
-
-    @property
-    def device(self) -> torch.device:
-        return next(iter(self.tensors().values())).device
-
-    def unread(self) -> tuple[Tensor, Tensor] | None:
-        """Tokens that are read again with what follows: ids `[B, P]`, and which of them are real, `[B, P]` (None: there are none)."""
-        return None
-
-    def expand(self, batch_size: int) -> State:
-        """Repeats each row so that a document read once answers a batch of questions."""
-        times = self._times(batch_size)
-        if times == 1:
-            return self
-        rows = {name: tensor.repeat_interleave(times, dim=0) for name, tensor in self.tensors().items()}
-        return dataclasses.replace(self, **rows, cache=None)
-
-    def _times(self, batch_size: int) -> int:
-        if batch_size % self.batch_size:
-            raise ValueError(f"a state of {self.batch_size} rows cannot serve a batch of {batch_size}; read that batch")
-        return batch_size // self.batch_size
-
-    @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor], fingerprint: str, model: LongContextModel) -> State:
-        """The inverse of `tensors`, on the model's device."""
-        return cls(fingerprint=fingerprint, cache=None, **{name: t.to(model.device) for name, t in tensors.items()})
-
-    def save(self, path: str | os.PathLike) -> None:
-        """Writes one safetensors file, whole or not at all."""
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors().items()}
-        with replacing(path) as temporary:
-            save_file(tensors, temporary, metadata={"format": "lrmt-state-1", "fingerprint": self.fingerprint})
 
 
 class Text(NamedTuple):

@@ -16,8 +16,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel
 
 from lrmt.errors import UsageError
-from lrmt.models.base import Activations, LongContextConfig, LongContextModel, State, Text, setting
+from lrmt.models.base import LongContextModel, Text
+from lrmt.models.config import Activations, LongContextConfig, setting
 from lrmt.models.segments import Grid, Segment, pad_left
+from lrmt.models.state import State
 
 #: a tree of tensors, each with the batch first
 Memory = Any

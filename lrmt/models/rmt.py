@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lrmt.errors import UsageError
-from lrmt.models.base import Activations, setting
+from lrmt.models.config import Activations, setting
 from lrmt.models.recurrent import RecurrentConfig, RecurrentModel, SegmentOutput
 
 

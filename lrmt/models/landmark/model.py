@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from lrmt.errors import UsageError
 from lrmt.models import scoring
-from lrmt.models.base import Activations, LongContextConfig, LongContextModel, Span, Text, setting
+from lrmt.models.base import LongContextModel, Span, Text
+from lrmt.models.config import Activations, LongContextConfig, setting
 from lrmt.models.landmark.attention import landmark_attention
 from lrmt.models.landmark.cache import Blocks, Chunk
 from lrmt.models.landmark.hooks import check_backbone, switch_sliding_window_off

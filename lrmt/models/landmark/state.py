@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lrmt.models.base import State
 from lrmt.models.landmark.cache import Blocks, Level
+from lrmt.models.state import State
 
 if TYPE_CHECKING:
     from lrmt.models.landmark.model import LandmarkForCausalLM
