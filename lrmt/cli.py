@@ -295,7 +295,12 @@ def add_baselines(add):
     add("--api_concurrency", type=int, default=8, metavar="N", help="of api: prompts in flight (default: 8)")
     add("--api_timeout", type=float, default=120.0, metavar="S", help="of api: seconds for an answer (default: 120)")
     add("--api_max_retries", type=int, default=6, metavar="N", help="of api: tries after the first (default: 6)")
-    add("--api_max_tokens", type=int, metavar="N", help="of api: tokens an answer may have, thoughts included (default: as all)")
+    add(
+        "--api_max_tokens",
+        type=int,
+        metavar="N",
+        help="of api: tokens an answer may have, thoughts included (default: as all)",
+    )
     add("--api_input_price", type=float, metavar="X", help="of api: of a million tokens in, for the cost estimate")
     add("--api_output_price", type=float, metavar="X", help="of api: of a million tokens out, for the cost estimate")
 

@@ -36,10 +36,10 @@ def measure_cell(
     Examples are made batch by batch and answered by all contenders, so memory does not grow with their number; an endpoint
     is asked at its own pace, and not for what it has `kept`. A contender without an answer to each of them has a failed
     record. Under several ranks each takes every n-th batch, and all return the same. `progress` (tqdm, or None) advances by
-    one for each answer of this rank.
+    one for each answer of this rank, and in the end by those of the others.
     """
     questions, new_tokens = Questions(task, length, num_samples, batch_size), count_new_tokens(task)
-    advance = Advance(progress, len(questions.indices) * len(contenders))
+    advance = Advance(progress, num_samples * len(contenders))
     local = [contender for contender in contenders if isinstance(contender, Contender)]
     answers = {contender.name: [] for contender in contenders}
     failures = answer_locally(local, questions, answers, tokenizer, new_tokens, device, advance)

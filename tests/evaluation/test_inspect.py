@@ -3,6 +3,7 @@
 import json
 import struct
 from collections import defaultdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -182,7 +183,9 @@ def test_shares_of_a_head_are_at_most_one(model, tokenizer, inspect, tmp_path):
 
 def test_places_without_a_block_are_no_records():
     blocks, shares = torch.tensor([[3, -1], [5, 3]]), torch.tensor([[0.5, 0.0], [0.25, 0.125]])
-    assert build_records([{}, {(0, 1): (blocks, shares)}], ["a", "b"], K) == [
+    teller = SimpleNamespace(config=SimpleNamespace(block_length=K))
+    steps = [LandmarkForCausalLM._spans(teller, step) for step in ({}, {(0, 1): (blocks, shares)})]
+    assert build_records(steps, ["a", "b"]) == [
         {"answer_token": 1, "text": "b", "layer": 1, "block": 3, "share": 0.3125, "start_token": 21},
         {"answer_token": 1, "text": "b", "layer": 1, "block": 5, "share": 0.125, "start_token": 35},
     ]

@@ -15,6 +15,7 @@ from lrmt.adapters.adapter import save_adapter
 from lrmt.adapters.backbone import load_tokenizer
 from lrmt.arguments import ModelArguments
 from lrmt.cli import main
+from lrmt.evaluation import grid
 from lrmt.evaluation import perplexity as module
 from lrmt.evaluation.contenders import Contender, build_contenders
 from lrmt.evaluation.perplexity import build_record, measure_losses
@@ -158,7 +159,7 @@ def test_a_contender_with_a_window_sees_the_end(monkeypatch):
     measure([Contender("all", None, loss), Contender("end", None, loss, window=SEGMENT)], 4, num_samples=3)
     assert shapes == [(2, 48), (2, 12), (1, 48), (1, 12)]
     shapes.clear()
-    monkeypatch.setattr(module, "MAX_BATCH_TOKENS", 3 * 2 * SEGMENT)  # long texts come in smaller batches
+    monkeypatch.setattr(grid, "MAX_BATCH_TOKENS", 3 * 2 * SEGMENT)  # long texts come in smaller batches
     measure([Contender("all", None, loss)], 2, num_samples=4, batch_size=4)
     assert shapes == [(3, 24), (1, 24)]
 
