@@ -175,6 +175,6 @@ def test_two_processes_share_what_is_asked_and_keep_all_of_it(adapter, server, t
 
 
 def test_damaged_answers_are_one_line(tmp_path):
-    (tmp_path / "qa1_80.jsonl").write_text('{"index": 1')
+    (tmp_path / "qa1_80.jsonl").write_text('{"index": 1\n')
     with pytest.raises(UsageError, match="qa1_80.jsonl holds no answers .*; remove it to ask again"):
         KeptAnswers(tmp_path / "qa1_80.jsonl")
