@@ -177,7 +177,7 @@ def add_evaluate(commands):
         metavar="NAME",
         help="stored rows with columns input, question, target. With --task and --lengths: a public set by its Hub id, or a "
         "folder such as lrmt data build writes, with a configuration for each length and a split for each task. Without: "
-        "your own, a .jsonl or .parquet file or a Hub id; right is what equals the target (first line, case ignored); "
+        "your own, a .jsonl or .parquet file or a Hub id; right is what equals the target (as many lines, case ignored); "
         "length_tokens is the mean",
     )
     add("--dataset_config", metavar="NAME", help="configuration of --dataset_name, of your own rows")

@@ -179,7 +179,7 @@ class Endpoint:
         elif not isinstance(text, str):
             self._fail(f"an answer without text (finish_reason {finish_reason!r})")
         else:
-            return said
+            return said.encode("utf-8", "replace").decode()  # JSON may hold halves of characters, which no file takes
         return None
 
     def estimate_cost(

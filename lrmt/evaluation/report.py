@@ -144,7 +144,7 @@ def build_series(records: list[dict], label) -> list[Series]:
 
 def read_records(path: Path) -> list[dict]:
     try:
-        records = json.loads(path.read_text(encoding="utf-8"))
+        records = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UsageError(f"{path} cannot be read ({error.strerror}); name a results.json or scores.json") from None
     except ValueError as error:
@@ -174,7 +174,7 @@ def read_records(path: Path) -> list[dict]:
 def read_rule(path: Path) -> str | None:
     """How the answers of a results.json were scored, if settings.json beside it tells."""
     try:
-        return json.loads((path.parent / "settings.json").read_text())["scoring"]
+        return json.loads((path.parent / "settings.json").read_text(encoding="utf-8"))["scoring"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -74,7 +74,9 @@ class ResultsFolder:
 
     def _read_models(self) -> tuple[str, ...]:
         try:
-            return tuple({record["model"] for record in json.loads((self.path / self.name).read_text())})
+            return tuple(
+                {record["model"] for record in json.loads((self.path / self.name).read_text(encoding="utf-8"))}
+            )
         except (OSError, ValueError, KeyError, TypeError):
             return ()
 
@@ -83,8 +85,8 @@ class ResultsFolder:
             return False
         remedy = "name another --output_dir, or give --overwrite"
         try:
-            found = json.loads((self.path / "settings.json").read_text())
-            self.records = json.loads((self.path / self.name).read_text())
+            found = json.loads((self.path / "settings.json").read_text(encoding="utf-8"))
+            self.records = json.loads((self.path / self.name).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             raise UsageError(f"--output_dir {self.path} is not empty and holds no evaluation; {remedy}") from None
         for key, value in self.identity.items():

@@ -119,6 +119,11 @@ def test_finished_thoughts_are_no_part_of_an_answer(text, said):
     assert strip_thoughts(text) == said
 
 
+def test_half_a_character_is_no_text(server):
+    server.answer = lambda prompt: "the \ud83d café"
+    assert Endpoint("stub", timeout=TIMEOUT).answer(["ok"]) == ["the ? café"]
+
+
 def test_an_endpoint_that_wants_other_names_is_asked_by_them(server):
     endpoint = Endpoint("stub", concurrency=1, timeout=TIMEOUT, max_retries=0)
     assert endpoint.answer(["new_names", "new_names "], 20) == ["the kitchen"] * 2
