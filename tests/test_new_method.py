@@ -6,12 +6,12 @@ import json
 import pytest
 import torch
 import yaml
+from lrmt.training.recipe import run_recipe
 
 import lrmt
 from lrmt.cli import main
 from lrmt.models import METHODS, RecurrentConfig, RecurrentModel, Span
 from lrmt.models.config import setting
-from lrmt.training.recipe import run_recipe
 
 
 class MeanConfig(RecurrentConfig):
@@ -54,7 +54,10 @@ class MeanForCausalLM(RecurrentModel):
     def go_on(self, text):
         hidden, state = super().go_on(text)
         if self._steps is not None:  # the memory is that of the segment before
-            size, past = self.config.segment_length, [(int(n) - 1) // self.config.segment_length for n in state.num_tokens]
+            size, past = (
+                self.config.segment_length,
+                [(int(n) - 1) // self.config.segment_length for n in state.num_tokens],
+            )
             self._steps.append([[Span(0, n - 1, (n - 1) * size, n * size, 1.0)] if n else [] for n in past])
         return hidden, state
 

@@ -61,6 +61,11 @@ class LongContextConfig(PreTrainedConfig):
         """What a training step keeps of a text of so many segments, for the estimate of memory."""
         return Activations(self.segment_length, num_segments, 0)
 
+    @property
+    def span_length(self) -> int:
+        """Tokens of the spans that `recording` tells of; a text that is shorter has none."""
+        return self.segment_length
+
     # DeepSpeed's "auto" settings and transformers' utilities look these up
     hidden_size = property(lambda self: self.backbone_config.hidden_size)
     vocab_size = property(lambda self: self.backbone_config.vocab_size)

@@ -84,6 +84,10 @@ class LandmarkConfig(LongContextConfig):
         return self.block_length - 2
 
     @property
+    def span_length(self) -> int:
+        return self.block_length - 1
+
+    @property
     def chunk_length(self) -> int:
         """Positions read at once beyond the training context: whole blocks, and no position exceeds training."""
         return (self.max_positions // self.block_length - self.top_k - 2) * self.block_length
