@@ -45,8 +45,14 @@ class LongContextConfig(PreTrainedConfig):
 
     @classmethod
     def own_settings(cls) -> list[dataclasses.Field]:
-        """The method's own settings, each a flag of its recipe: the fields that have a help text."""
-        return [field for field in dataclasses.fields(cls) if "help" in field.metadata]
+        """The method's own settings, each a flag of its recipe: the fields with a help text, those of the class itself first."""
+        told = [field for field in dataclasses.fields(cls) if "help" in field.metadata]
+        made_by = {
+            name: place
+            for place, c in reversed([*enumerate(cls.__mro__)])
+            for name in vars(c).get("__annotations__", ())
+        }
+        return sorted(told, key=lambda field: made_by[field.name])
 
     def matters_to_training(self) -> dict[str, object]:
         """The settings that shape batches and weights, so that a resumed run must have them as they were."""
