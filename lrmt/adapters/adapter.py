@@ -15,10 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 import lrmt
 from lrmt.adapters.backbone import backbone_fingerprint, load_backbone
+from lrmt.adapters.find import ADAPTER_FILES, find_adapter
 from lrmt.errors import TrainingFault, UsageError, one_line
 from lrmt.models.base import LongContextModel
-
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "config.json")
 
 
 def save_adapter(
@@ -101,17 +100,7 @@ def load(
     Raises:
         UsageError: nothing there, a half-written folder, or an adapter of another backbone.
     """
-    path = Path(path_or_hub_id)
-    if (
-        not path.exists()
-        and str(path_or_hub_id).count("/") == 1
-        and not str(path_or_hub_id).startswith((".", "/", "~"))
-    ):
-        path = _download(str(path_or_hub_id))
-    if not path.is_dir():
-        parent = path.parent if path.parent.is_dir() else Path(".")
-        there = ", ".join(sorted(p.name for p in parent.iterdir() if p.is_dir())[:8]) or "no folders"
-        raise UsageError(f"`--adapter_path` {path_or_hub_id}: no such folder ({parent} holds {there})")
+    path = find_adapter(path_or_hub_id)
     if not (path / "adapter_config.json").exists() and (path / "config.json").exists():
         return _load_merged(path, load_in_4bit, dtype, reading)
     missing = [name for name in ADAPTER_FILES if not (path / name).is_file()]
@@ -179,12 +168,3 @@ def _load_merged(path: Path, load_in_4bit: bool | None, dtype, reading: dict) ->
         return AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype or "auto").eval()
     except Exception as error:
         raise UsageError(f"`--adapter_path` {path}: {one_line(error)}") from None
-
-
-def _download(hub_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "tokenizer*", "*.md"]))
-    except Exception as error:
-        raise UsageError(f"`--adapter_path` {hub_id}: no such folder, and the Hub says: {one_line(error)}") from None

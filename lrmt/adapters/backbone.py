@@ -4,37 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from importlib.resources import files
-from pathlib import Path
 
 import torch
 from bitsandbytes.nn import Linear4bit
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
+from lrmt.adapters.find import resolve_backbone
 from lrmt.errors import UsageError, one_line
-from lrmt.files import listing
 from lrmt.models.base import gathered
-
-
-def shipped_backbones() -> list[str]:
-    """Names of the tiny backbones that come with the package."""
-    return sorted(p.name for p in Path(str(files("lrmt") / "assets")).glob("tiny-*") if (p / "config.json").exists())
-
-
-def resolve_backbone(name: str) -> str:
-    """A shipped backbone's folder, or the Hub id or folder as given; raises `UsageError` for a folder without a model."""
-    if name in shipped_backbones():
-        return str(files("lrmt") / "assets" / name)
-    path = Path(name)
-    if path.exists() and not (path / "config.json").is_file():
-        there = listing(path) if path.is_dir() else "a file"
-        raise UsageError(f"`--model_name_or_path` {name}: no config.json there (found: {there})")
-    if not path.exists() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
-        shipped = ", ".join(shipped_backbones())
-        raise UsageError(
-            f"`--model_name_or_path` {name}: no such folder, nor a backbone that ships with lrmt ({shipped})"
-        )
-    return name
 
 
 def open_pretrained(loader, name: str, **kwargs):
