@@ -197,7 +197,7 @@ def save_adapter(
 
 def write_generation_config(folder: Path, config: GenerationConfig) -> None:
     """As transformers does, but whatever is in it: many published ones fail its own checks once a setting is changed."""
-    config.to_json_file(folder / GENERATION_FILE, use_diff=True, keys_to_pop=["compile_config"])
+    config.to_json_file(folder / GENERATION_FILE, use_diff=True, keys_to_pop=["compile_config", "_from_model_config"])
 
 
 def saved_tensors(model: PeftModel, keep_vars: bool = False) -> dict[str, torch.Tensor]:
