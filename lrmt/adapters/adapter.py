@@ -14,7 +14,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 
 import lrmt
-from lrmt.adapters.backbone import backbone_fingerprint, load_backbone, load_tokenizer
+from lrmt.adapters.backbone import backbone_fingerprint, check_complete, load_backbone, load_tokenizer
 from lrmt.adapters.find import find_adapter, find_backbone, is_adapter
 from lrmt.errors import TrainingFault, UsageError, one_line
 from lrmt.files import filling
@@ -52,7 +52,8 @@ def load(
     """
     path = find_adapter(path_or_hub_id)
     config = read_config(path, **reading)
-    if isinstance(dtype, str) and not isinstance(dtype := getattr(torch, dtype, dtype), torch.dtype):
+    precision = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not (isinstance(precision, torch.dtype) and precision.is_floating_point):
         raise UsageError(f"`dtype` must be bfloat16, float32 or float16; got {dtype}")
     if not is_adapter(path):
         for flag, given in (("load_in_4bit", load_in_4bit), ("model_name_or_path", model_name_or_path)):
@@ -60,8 +61,9 @@ def load(
                 raise UsageError(
                     f"`--{flag}`: {path} is a merged checkpoint, which is opened as saved; leave the flag out"
                 )
-        return _open_merged(path, config, dtype, device_map)
-    backbone = _open_backbone(path, config, load_in_4bit, dtype, model_name_or_path, device_map)
+        return _open_merged(path, config, precision, device_map)
+    backbone = _open_backbone(path, config, load_in_4bit, precision, model_name_or_path, device_map)
+    backbone.config._name_or_path = config.backbone_name  # where it was found is a path of this machine
     config.backbone_config = backbone.config
     config._attn_implementation = backbone.config._attn_implementation
     model = METHODS[config.model_type](config, backbone)
@@ -127,17 +129,15 @@ def _open_backbone(path, config, load_in_4bit, dtype, name, device_map) -> PreTr
             bnb_4bit_use_double_quant=getattr(config, "backbone_nested_quant", True),
             bnb_4bit_compute_dtype=dtype,
         )
-    place = {"revision": config.backbone_revision, "device_map": device_map}
-    precision = {"quantization_config": quantization_config, "dtype": dtype}
-    if name is not None:
-        backbone = load_backbone(name, **place, **precision)
-    else:
-        try:
-            backbone = load_backbone(
-                find_backbone(path, config.backbone_name), **place, **precision, flag="its backbone"
-            )
-        except UsageError as error:
-            raise UsageError(f"{ADAPTER} {path}: {error}; say where it is with `--model_name_or_path`") from None
+    place = name or find_backbone(path, config.backbone_name)
+    backbone = load_backbone(
+        place,
+        revision=config.backbone_revision,
+        quantization_config=quantization_config,
+        dtype=dtype,
+        device_map=device_map,
+        flag="`--model_name_or_path`" if name else f"{ADAPTER} {path}: its backbone",
+    )
     found = backbone_fingerprint(backbone)
     if config.backbone_fingerprint is not None and found != config.backbone_fingerprint:
         raise UsageError(
@@ -151,9 +151,13 @@ def _open_backbone(path, config, load_in_4bit, dtype, name, device_map) -> PreTr
 def _open_merged(path: Path, config: LongContextConfig, dtype, device_map) -> LongContextModel:
     method = METHODS[config.model_type]
     try:
-        return method.from_pretrained(path, config=config, dtype=dtype or "auto", device_map=device_map).eval()
+        model, loaded = method.from_pretrained(
+            path, config=config, dtype=dtype or "auto", device_map=device_map, output_loading_info=True
+        )
     except Exception as error:
-        raise UsageError(f"{ADAPTER} {path}: {one_line(error)}") from None
+        raise UsageError(f"{ADAPTER} {path}: the checkpoint cannot be opened ({one_line(error)})") from None
+    check_complete(loaded, f"{ADAPTER} {path}")
+    return model.eval()
 
 
 def _add_adapter(model: LongContextModel, path: Path) -> PeftModel:
@@ -162,11 +166,14 @@ def _add_adapter(model: LongContextModel, path: Path) -> PeftModel:
     try:
         model = PeftModel.from_pretrained(model, str(path)).eval()
         with safe_open(path / "adapter_model.safetensors", "pt") as file:
-            missing = sorted(saved_tensors(model).keys() - set(file.keys()))
+            differ = sorted(saved_tensors(model).keys() ^ set(file.keys()))
     except Exception as error:
-        raise UsageError(f"{ADAPTER} {path}: {one_line(error)}") from None
-    if missing:  # PEFT leaves them as they were drawn
-        raise UsageError(f"{ADAPTER} {path}: {missing[0]} and {len(missing) - 1} more are missing from its weights")
+        raise UsageError(f"{ADAPTER} {path}: the adapter cannot be opened ({one_line(error)})") from None
+    if differ:  # PEFT passes over them
+        raise UsageError(
+            f"{ADAPTER} {path}: {differ[0]}, and {len(differ) - 1} more, are in its weights or in its configuration, not in "
+            "both; copy or download both again"
+        )
     return model
 
 

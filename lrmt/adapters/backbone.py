@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from lrmt.adapters.find import FLAG, check_files, is_hub_id, resolve_backbone, shipped_backbones
+from lrmt.adapters.find import FLAG, check_files, resolve_backbone, shipped_backbones
 from lrmt.errors import UsageError, one_line
 from lrmt.models.base import gathered
 from lrmt.models.config import LongContextConfig
@@ -74,11 +74,10 @@ def load_tokenizer(name: str, revision: str | None = None, flag: str = FLAG):
     tokenizer = open_tokenizer(name, revision, flag)
     rows = config.get_text_config().vocab_size
     if tokenizer.eos_token_id is None or tokenizer.eos_token_id >= rows:
-        what = (
-            "no end-of-sequence token" if tokenizer.eos_token_id is None else "one that the model has no embedding of"
-        )
+        problem = "is not set" if tokenizer.eos_token_id is None else f"({tokenizer.eos_token}) has no embedding"
         raise UsageError(
-            f"{flag} {name}: its tokenizer has {what}, which answers end in; set `eos_token` in its config"
+            f"{flag} {name}: its tokenizer's end-of-sequence token, which answers end in, {problem}; set `eos_token` in "
+            "tokenizer_config.json"
         )
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:
         tokenizer.pad_token = tokenizer.eos_token
@@ -118,7 +117,7 @@ def load_backbone(
     packed = quantization_of(config)
     if packed is not None:
         config.quantization_config = packed | {"bnb_4bit_compute_dtype": str(dtype).removeprefix("torch.")}
-    backbone = _open(
+    backbone, loaded = _open(
         AutoModelForCausalLM.from_pretrained,
         name,
         flag,
@@ -128,7 +127,9 @@ def load_backbone(
         quantization_config=None if packed is not None else quantization_config,
         attn_implementation=attn_implementation,
         device_map=device_map,
+        output_loading_info=True,
     )
+    check_complete(loaded, f"{flag} {name}")
     if packed is not None:
         if quantization_config is None:
             dequantise_(backbone, dtype)
@@ -152,9 +153,19 @@ def _open(loader, name: str, flag: str, then=None, weights: bool = True, **kwarg
             if isinstance(error, (OSError, ValueError))
             else f"{type(error).__name__}: {one_line(error)}"
         )
-        if is_hub_id(name) and not Path(place).exists():
-            problem = f"no such folder, and as a Hub id: {problem}"
+        if not Path(place).exists():  # a Hub id, or a folder of the same spelling
+            remedy = "" if flag == FLAG else f"; say where it is with {FLAG}"
+            problem = f"no such folder, and as a Hub id: {problem}{remedy}"
         raise UsageError(f"{flag} {name} cannot be loaded: {problem}") from None
+
+
+def check_complete(loaded: dict, told: str) -> None:
+    """Raises `UsageError` where weights are missing, which transformers draws at random."""
+    if missing := sorted(loaded["missing_keys"]):
+        raise UsageError(
+            f"{told}: its weights lack {missing[0]}, and {len(missing) - 1} more that its config.json asks for; copy or "
+            "download both again"
+        )
 
 
 def backbone_fingerprint(backbone: PreTrainedModel) -> str:

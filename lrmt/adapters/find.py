@@ -45,9 +45,12 @@ def find_adapter(path_or_hub_id: str | os.PathLike, flag: str = "--adapter_path"
         if len(missing) == 1:  # with both missing it is a merged checkpoint
             raise UsageError(f"{flag} {path_or_hub_id}: not a whole adapter, {missing[0]} missing")
         check_files(path, flag)
-    except OSError as error:
+    except UsageError:
+        raise
+    except (OSError, ValueError) as error:  # no permission, or a name that no file can have
+        told, why = str(path_or_hub_id)[:200], getattr(error, "strerror", None) or error
         raise UsageError(
-            f"{flag} {str(path_or_hub_id)[:200]} cannot be read ({error.strerror}); name a folder that training or merging wrote"
+            f"{flag} {told} cannot be read ({why}); name a folder that training or merging wrote"
         ) from None
     return path
 
@@ -110,10 +113,14 @@ def resolve_backbone(name: str | os.PathLike, flag: str = FLAG) -> str:
     if name in shipped_backbones():
         return str(files("lrmt") / "assets" / name)
     path = Path(name)
-    if path.exists() and not (path / "config.json").is_file():
-        there = listing(path) if path.is_dir() else "a file"
-        raise UsageError(f"{flag} {name}: no config.json there (found: {there})")
-    if not path.exists() and not is_hub_id(name):
+    try:
+        there = path.exists()
+    except OSError as error:
+        raise UsageError(f"{flag} {str(name)[:200]} cannot be read ({error.strerror}); name another folder") from None
+    if there and not (path / "config.json").is_file():
+        found = listing(path) if path.is_dir() else "a file"
+        raise UsageError(f"{flag} {name}: no config.json there (found: {found})")
+    if not there and not is_hub_id(name):
         shipped = ", ".join(shipped_backbones())
         raise UsageError(f"{flag} {name}: no such folder, nor a backbone that ships with lrmt ({shipped})")
     return str(name)
@@ -124,10 +131,12 @@ def find_backbone(adapter: Path, name: str | None) -> str:
 
     A folder that is not there seen from here is looked for from each folder above the adapter: training may have run in one.
     """
-    if name is None:
-        raise UsageError("its backbone has no name in config.json")
+    if not isinstance(name, str):
+        raise UsageError(f"--adapter_path {adapter}: config.json names no backbone; say where it is with {FLAG}")
     if not Path(name).exists() and name not in shipped_backbones():
         for folder in adapter.resolve().parents:
             if (folder / name / "config.json").is_file():
                 return str(folder / name)
+        if not is_hub_id(name):
+            raise UsageError(f"--adapter_path {adapter}: its backbone {name} is not here; say where it is with {FLAG}")
     return name

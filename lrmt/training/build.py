@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from safetensors.torch import load_file
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import get_peft_config, get_quantization_config
 
 from lrmt.adapters.adapter import check_savable, read_config, saved_tensors
@@ -125,6 +126,11 @@ def _add_lora(model: LongContextModel, model_args: ModelArguments, settings: dic
     if model_args.use_peft and model_args.lora_r < 1:
         raise UsageError(
             f"`--lora_r` must be a whole number, 1 or more; got {model_args.lora_r}. `--use_peft false` leaves LoRA out"
+        )
+    if model_args.use_peft and model_args.use_dora and model_args.load_in_4bit and is_deepspeed_zero3_enabled():
+        raise UsageError(
+            "`--use_dora` over 4 bits does not run under ZeRO-3, which takes apart the weights that it measures; use ZeRO-2, "
+            "`--load_in_4bit false`, or leave it out"
         )
     try:
         peft_config = get_peft_config(model_args) or LoraConfig(
