@@ -13,7 +13,7 @@ _EXPORTS = {
     "LandmarkForCausalLM": "lrmt.models",
     "RmtConfig": "lrmt.models",
     "RmtForCausalLM": "lrmt.models",
-    "load": "lrmt.adapters",
+    "load": "lrmt.adapters.adapter",
 }
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 import lrmt
-from lrmt.errors import UsageError, one_line, suggest
+from lrmt.adapters.backbone import open_tokenizer
+from lrmt.errors import UsageError, suggest
 from lrmt.files import digest, replacing, to_json, write_whole
 from lrmt.lengths import parse_tokens, spell_length
 from lrmt.tasks.background import open_background
@@ -78,7 +79,7 @@ class GenerationSettings:
 
     def open_tasks(self) -> dict[str, HaystackTask]:
         """The tasks by name, over one background that is long enough for every length."""
-        tokenizer = load_tokenizer(self.tokenizer or str(TINY_TOKENIZER))
+        tokenizer = open_tokenizer(self.tokenizer or str(TINY_TOKENIZER))
         longest = max(map(self.context_length, self.lengths))
         background = open_background(
             tokenizer,
@@ -311,14 +312,3 @@ def _card(folder: Path, identity: dict) -> str:
         "",
     ]
     return "\n".join(lines)
-
-
-def load_tokenizer(name: str):
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"--tokenizer {name} cannot be loaded ({one_line(error)}); name a folder or a Hub id"
-        ) from None

@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer
 
 import lrmt
-from lrmt.errors import UsageError, one_line
+from lrmt.adapters import backbone
+from lrmt.adapters.adapter import read_config
+from lrmt.errors import UsageError
 from lrmt.evaluation.answers import Answer, KeptAnswers
 from lrmt.evaluation.babilong.predictions import Predictions, build_variant, remove_predictions, write_predictions
 from lrmt.evaluation.babilong.prompts import count_new_tokens
@@ -19,7 +20,6 @@ from lrmt.evaluation.grid import measure_cell
 from lrmt.evaluation.plots import draw_depths, draw_heatmap
 from lrmt.evaluation.results import ResultsFolder, format_table
 from lrmt.evaluation.settings import Cell, EvaluationSettings
-from lrmt.models import LongContextConfig
 from lrmt.tasks.background import Background, open_background
 from lrmt.tasks.base import Example
 from lrmt.tasks.dataset import DatasetTask, StoredTask
@@ -339,18 +339,5 @@ def read_segment_length(path) -> int:
     return read_config(path).segment_length
 
 
-def read_config(path) -> LongContextConfig:
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--adapter_path {path}: config.json cannot be read ({one_line(error)})") from None
-    if not isinstance(config, LongContextConfig):
-        raise UsageError(f"--adapter_path {path} is a {config.model_type}, not an lrmt model; give what training wrote")
-    return config
-
-
 def load_tokenizer(path):
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--adapter_path {path} has no tokenizer that can be read ({one_line(error)})") from None
+    return backbone.load_tokenizer(path, flag="--adapter_path")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lrmt import __version__
+from lrmt.adapters.find import find_adapter
 from lrmt.errors import UsageError, suggest
 from lrmt.evaluation.metrics import RULES
 from lrmt.files import fingerprint
@@ -96,7 +97,7 @@ class EvaluationSettings:
     model_name_or_path: str | None = None
 
     def __post_init__(self):
-        check_model_folder(self.adapter_path)
+        find_adapter(self.adapter_path)
         self._check_baselines()
         if self.measures_perplexity or self.text_path is not None:
             self._check_perplexity()
@@ -328,7 +329,7 @@ class InspectionSettings:
     model_name_or_path: str | None = None
 
     def __post_init__(self):
-        check_model_folder(self.adapter_path)
+        find_adapter(self.adapter_path)
         for flag in ("max_new_tokens", "top"):
             if getattr(self, flag) < 1:
                 raise UsageError(f"--{flag} must be at least 1; got {getattr(self, flag)}")
@@ -363,16 +364,6 @@ class InspectionSettings:
     def folder(self) -> Path:
         """Where retrieval.json and retrieval.png go."""
         return Path(self.output_dir) if self.output_dir else Path(self.adapter_path) / "inspection"
-
-
-def check_model_folder(path: str):
-    """Raises UsageError unless there is a folder with a config.json."""
-    folder = Path(path)
-    if not folder.is_dir():
-        raise UsageError(f"--adapter_path must be a folder that training or merging wrote; got {path}")
-    if not (folder / "config.json").is_file():
-        there = ", ".join(sorted(file.name for file in folder.iterdir())[:10]) or "nothing"
-        raise UsageError(f"--adapter_path {folder} has no config.json, so it is no lrmt model; it holds: {there}")
 
 
 def fingerprint_rows(path) -> str | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 
-from lrmt.adapters.adapter import ADAPTER_FILES
+from lrmt.adapters.find import ADAPTER_FILES
 from lrmt.errors import UsageError
 from lrmt.training.curriculum import Curriculum
 

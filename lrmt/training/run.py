@@ -11,15 +11,15 @@ from pathlib import Path
 import torch
 import yaml
 from accelerate import PartialState
-from transformers import AutoConfig, set_seed
+from transformers import set_seed
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from lrmt.adapters.backbone import load_tokenizer, open_pretrained
+from lrmt.adapters.backbone import load_tokenizer
 from lrmt.arguments import CurriculumArguments, ModelArguments, TaskArguments, TrainingArguments, as_dict
 from lrmt.errors import UsageError
 from lrmt.models.base import LongContextModel
 from lrmt.tasks.registry import build_task
-from lrmt.training.build import build_model, trainable_names
+from lrmt.training.build import build_empty_model, build_model, trainable_names
 from lrmt.training.checkpoint import check_resumable, find_checkpoint
 from lrmt.training.curriculum import Curriculum
 from lrmt.training.plan import describe_plan
@@ -68,10 +68,9 @@ def train(
     identity = _identity(settings, model_args, task_args, training_args)
     set_seed(training_args.seed)
     name, revision = model_args.model_name_or_path, model_args.model_revision
-    # bad settings show here, before texts are made with them and weights are loaded
-    config = model_class.config_class(
-        backbone_config=open_pretrained(AutoConfig.from_pretrained, name, revision=revision), **settings
-    )
+    sharded = is_deepspeed_zero3_enabled() or training_args.deepspeed_plugin is not None
+    # what is wrong shows here, before texts are made and weights are loaded
+    config = build_empty_model(model_class, model_args, settings, sharded=sharded).get_base_model().config
     length = config.segment_length
     config.check_training(
         max(curriculum.stages),
@@ -96,7 +95,7 @@ def train(
         model_class,
         model_args,
         settings,
-        sharded=is_deepspeed_zero3_enabled() or training_args.deepspeed_plugin is not None,
+        sharded=sharded,
         # bitsandbytes quantises on the device that it runs on; ZeRO-3 places its own shards
         device_map={"": PartialState().local_process_index} if on_gpu and not is_deepspeed_zero3_enabled() else None,
     )

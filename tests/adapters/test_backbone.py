@@ -5,7 +5,8 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from transformers import AutoModelForCausalLM
 
-from lrmt.adapters.backbone import backbone_fingerprint, load_tokenizer, resolve_backbone, shipped_backbones
+from lrmt.adapters.backbone import backbone_fingerprint, load_tokenizer
+from lrmt.adapters.find import resolve_backbone, shipped_backbones
 from lrmt.arguments import ModelArguments
 from lrmt.errors import UsageError
 from lrmt.models import RmtForCausalLM

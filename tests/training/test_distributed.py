@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import lrmt
 from lrmt.adapters.adapter import audit_adapter
-from lrmt.adapters.backbone import resolve_backbone
+from lrmt.adapters.find import resolve_backbone
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

@@ -9,11 +9,11 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
+from lrmt.adapters.find import find_adapter
 from lrmt.errors import UsageError, exit_on_error, suggest
 from lrmt.evaluation.harness.tasks import find_tasks, load_task
 from lrmt.evaluation.results import build_record, check_output, format_table
 from lrmt.evaluation.run import load_tokenizer, read_config, refuse_too_large_batches
-from lrmt.evaluation.settings import check_model_folder
 from lrmt.files import to_json, write_files
 from lrmt.tasks.base import Pieces
 
@@ -60,7 +60,7 @@ def run_harness(
         raise UsageError(
             f"--harness runs in one process; got {ranks}. Leave out accelerate launch, or say --num_processes 1"
         )
-    check_model_folder(adapter_path)
+    find_adapter(adapter_path)
     folder = Path(output_dir) if output_dir else Path(adapter_path) / "harness"
     check_arguments(tasks, num_samples, batch_size, data_dir, prompt)
     check_output(folder, overwrite)

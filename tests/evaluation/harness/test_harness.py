@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import lrmt
 from lrmt.adapters.adapter import save_adapter
-from lrmt.adapters.backbone import resolve_backbone
+from lrmt.adapters.find import resolve_backbone
 from lrmt.cli import main as lrmt_main
 from lrmt.errors import UsageError
 from lrmt.evaluation.babilong.prompts import count_new_tokens
