@@ -2,7 +2,6 @@
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from lrmt.errors import UsageError
 from lrmt.evaluation.contenders import Contender
@@ -11,6 +10,7 @@ from lrmt.evaluation.plots import draw_perplexity
 from lrmt.evaluation.results import ResultsFolder, format_table
 from lrmt.evaluation.run import load_tokenizer, open_contenders, read_segment_length, refuse_too_large_batches
 from lrmt.evaluation.settings import EvaluationSettings
+from lrmt.progress import progress
 from lrmt.tasks.registry import build_task
 
 NUM_SAMPLES = 20
@@ -39,7 +39,7 @@ def run_perplexity(settings: EvaluationSettings) -> list[dict]:
         (n, [c for c in contenders if not folder.find(c.name, "perplexity", n * segment_length)]) for n in lengths
     ]
     pending = [(n, todo) for n, todo in pending if todo]
-    with tqdm(total=sum(num_samples * len(todo) for _, todo in pending), unit="text", smoothing=0.05) as bar:
+    with progress(sum(num_samples * len(todo) for _, todo in pending), "text") as bar:
         for segments, todo in pending:
             bar.set_description(f"perplexity, {segments} seg.")
             with refuse_too_large_batches(settings.batch_size):

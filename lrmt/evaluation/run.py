@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
 import lrmt
@@ -18,6 +17,7 @@ from lrmt.evaluation.plots import draw_depths, draw_heatmap
 from lrmt.evaluation.results import ResultsFolder, format_table
 from lrmt.evaluation.settings import READING, Cell, EvaluationSettings
 from lrmt.models import LongContextConfig
+from lrmt.progress import progress
 from lrmt.tasks.background import Background, open_background
 from lrmt.tasks.dataset import DatasetTask, StoredTask
 from lrmt.tasks.names import LABELS, TASK_LABELS
@@ -76,7 +76,7 @@ def run_evaluation(settings: EvaluationSettings) -> list[dict]:
         missing = {cell: samples[cell] - len(answers.answers) for cell, answers in kept.items()}
         print(f"{endpoint.name}: {estimate_cost(endpoint, missing, tasks, settings)}", flush=True)
     total = sum(samples[cell] * len(todo) for cell, todo in pending.items())
-    with tqdm(total=total, unit="answer", smoothing=0.05, disable=not ranks.is_main_process) as bar:
+    with progress(total, "answer", disable=not ranks.is_main_process) as bar:
         for cell, todo in pending.items():
             bar.set_description(cell.task if cell.segments is None else f"{cell.task}, {cell.segments} seg.")
             hopeless = [c for c in todo if is_hopeless(folder.records, c.name, cell, settings.stop_below)]

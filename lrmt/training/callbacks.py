@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 
-from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
+from lrmt.progress import progress
 from lrmt.training.curriculum import Curriculum
 
 
@@ -36,10 +36,9 @@ class ProgressCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.since = time.perf_counter()
-        if state.is_world_process_zero and not args.disable_tqdm:
-            self.bar = tqdm(
-                total=self.curriculum.total_steps, initial=state.global_step, dynamic_ncols=True, unit="step"
-            )
+        if state.is_world_process_zero:
+            steps = self.curriculum.total_steps
+            self.bar = progress(steps, "step", initial=state.global_step, disable=args.disable_tqdm)
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.bar is None:
@@ -60,7 +59,8 @@ class ProgressCallback(TrainerCallback):
             keys = ("loss", "eval_loss", "eval_accuracy", "eval_segments", "learning_rate", "memory_norm")
             shown = [f"{key} {logs[key]:.4g}" for key in keys if key in logs]
             if shown:
-                tqdm.write(f"step {state.global_step}: " + ", ".join(shown))
+                write = print if self.bar is None else self.bar.write  # above the bar
+                write(f"step {state.global_step}: " + ", ".join(shown))
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.bar is not None:

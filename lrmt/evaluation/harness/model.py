@@ -4,11 +4,11 @@ import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import Collator, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.models.utils_hf import stop_sequences_criteria
-from tqdm import tqdm
 
 import lrmt
 from lrmt.evaluation.contenders import decode_answer, pad_left, pad_token_id
 from lrmt.evaluation.run import load_tokenizer
+from lrmt.progress import progress
 from lrmt.tasks.base import Pieces
 
 
@@ -56,7 +56,7 @@ class HarnessModel(TemplateLM):
             group_fn=lambda request: request[1],
         )
         outputs = []
-        with tqdm(total=len(requests), unit="answer", disable=disable_tqdm) as bar:
+        with progress(len(requests), "answer", disable=disable_tqdm) as bar:
             for batch in queue.get_batched(n=self.batch_size):
                 texts, arguments = zip(*batch, strict=True)
                 for text, output in zip(texts, self._generate(texts, arguments[0]), strict=True):
@@ -88,7 +88,7 @@ class HarnessModel(TemplateLM):
         """For each (texts, context ids, continuation ids) the log-likelihood of the continuation, and whether it is greedy."""
         queue = Collator(requests, sort_fn=lambda request: -len(request[1]) - len(request[2]))
         answers = []
-        with tqdm(total=len(requests), unit="text", disable=disable_tqdm) as bar:
+        with progress(len(requests), "text", disable=disable_tqdm) as bar:
             for batch in queue.get_batched(n=self.batch_size):
                 texts, contexts, continuations = zip(*batch, strict=True)
                 for request, answer in zip(texts, self._score(contexts, continuations), strict=True):
