@@ -232,6 +232,17 @@ class LongContextModel(PreTrainedModel, GenerationMixin):
         """Root-mean-square of the memory that each segment but the last writes; none where nothing is written."""
         return []
 
+    @torch.no_grad()
+    def find_fault(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> str:
+        """Where a text stops being finite, in words and segments counted from 1."""
+        logits = self(input_ids=input_ids, attention_mask=attention_mask).logits
+        length, total = self.config.segment_length, input_ids.shape[1]
+        broken = ~torch.isfinite(logits).all(-1).all(0)  # [T]
+        if not bool(broken.any()):
+            return "it does not break again when it is read anew"
+        segment, last = int(broken.nonzero()[0]) // length + 1, -(-total // length)
+        return f"it breaks in the last segment, {last}" if segment == last else f"it first breaks in segment {segment}"
+
     def get_input_embeddings(self):
         return self.backbone.get_input_embeddings()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal
 
 import torch
@@ -236,6 +237,13 @@ class RmtForCausalLM(LongContextModel):
             memory = self._recur(grid, range(s, s + 1), memory)[1]
             norms.append(float(_root_mean_square(memory)))
         return norms
+
+    def find_fault(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> str:
+        norms = self.memory_norms(input_ids, attention_mask)
+        for segment, norm in enumerate(norms, 1):
+            if not math.isfinite(norm):
+                return f"memory first breaks in segment {segment}"
+        return f"it breaks in the last segment, {len(norms) + 1}"  # which writes no memory
 
     def _recur(self, grid: Grid, window: range, memory: Tensor) -> tuple[list[Tensor], Tensor]:
         """The RMT loop: hidden states of the scored positions per segment, and the memory after the window."""

@@ -11,19 +11,21 @@ from lrmt.training.curriculum import Curriculum
 
 
 class CurriculumCallback(TrainerCallback):
-    """Evaluates every `eval_steps` of a stage and at its step limit; stops training after the last stage."""
+    """Evaluates every `eval_steps` of a stage, once `eval_delay` steps are over, and at its limit; stops after the last stage."""
 
     def __init__(self, curriculum: Curriculum):
         self.curriculum = curriculum
 
     def on_step_end(self, args, state, control, **kwargs):
         limit = self.curriculum.advance()
-        control.should_evaluate = limit or self.curriculum.stage_step % int(args.eval_steps) == 0
+        due = self.curriculum.stage_step % int(args.eval_steps) == 0 and state.global_step >= args.eval_delay
+        control.should_evaluate = limit or due
         return control
 
     def on_evaluate(self, args, state, control, **kwargs):
         if self.curriculum.finished:
-            control.should_training_stop = control.should_save = True
+            control.should_training_stop = True
+            control.should_save = control.should_save or args.save_strategy != "no"
         return control
 
 
