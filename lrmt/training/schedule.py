@@ -36,7 +36,7 @@ def build_schedule(args: TrainingArguments, limit: int, peak: float = 1.0) -> Ca
             f"{flag}: min_lr exceeds {rate:g}, the peak of a stage (`--learning_rate`, `--stage_lr_decay`)"
         )
     named = sum(settings.get(steps) or 0 for steps in ("num_stable_steps", "num_decay_steps"))
-    if warmup + named > limit:
+    if named and warmup + named > limit:
         raise UsageError(
             f"{flag} and a warm-up of {warmup} steps are more than the {limit} of a stage; lower them, or raise "
             "`--stage_max_steps`"
