@@ -177,7 +177,7 @@ def add_evaluate(commands):
         metavar="NAME",
         help="stored rows with columns input, question, target. With --task and --lengths: a public set by its Hub id, or a "
         "folder such as lrmt data build writes, with a configuration for each length and a split for each task. Without: "
-        "your own, a .jsonl or .parquet file or a Hub id; right is what equals the target (first line, case ignored); "
+        "your own, a .jsonl or .parquet file or a Hub id; right is what equals the target (as many lines, case ignored); "
         "length_tokens is the mean",
     )
     add("--dataset_config", metavar="NAME", help="configuration of --dataset_name, of your own rows")
@@ -295,6 +295,12 @@ def add_baselines(add):
     add("--api_concurrency", type=int, default=8, metavar="N", help="of api: prompts in flight (default: 8)")
     add("--api_timeout", type=float, default=120.0, metavar="S", help="of api: seconds for an answer (default: 120)")
     add("--api_max_retries", type=int, default=6, metavar="N", help="of api: tries after the first (default: 6)")
+    add(
+        "--api_max_tokens",
+        type=int,
+        metavar="N",
+        help="of api: tokens an answer may have, thoughts included (default: as all)",
+    )
     add("--api_input_price", type=float, metavar="X", help="of api: of a million tokens in, for the cost estimate")
     add("--api_output_price", type=float, metavar="X", help="of api: of a million tokens out, for the cost estimate")
 

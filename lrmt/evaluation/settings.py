@@ -1,6 +1,6 @@
 """What `lrmt evaluate` and `lrmt inspect` are asked to do: every field is the flag of the same name, checked on construction."""
 
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -86,10 +86,14 @@ class EvaluationSettings:
     api_concurrency: int = 8
     api_timeout: float = 120.0
     api_max_retries: int = 6
+    api_max_tokens: int | None = field(
+        default=None, metadata={"help": "of api: tokens an answer may have, thoughts included (default: as all models)"}
+    )
     api_input_price: float | None = None
     api_output_price: float | None = None
     output_dir: str | None = None
     overwrite: bool = False
+    model_name_or_path: str | None = None
 
     def __post_init__(self):
         check_model_folder(self.adapter_path)
@@ -155,11 +159,19 @@ class EvaluationSettings:
         for flag, least in (("rag_top_k", 1), ("api_concurrency", 1), ("api_max_retries", 0)):
             if getattr(self, flag) < least:
                 raise UsageError(f"--{flag} must be at least {least}; got {getattr(self, flag)}")
+        if self.api_max_tokens is not None and self.api_max_tokens < 1:
+            raise UsageError(f"--api_max_tokens must be at least 1; got {self.api_max_tokens}")
         if not self.api_timeout > 0:
             raise UsageError(f"--api_timeout must be more than 0 seconds; got {self.api_timeout}")
         if self.rag_order not in RAG_ORDERS:
             got = f"{self.rag_order!r}{suggest(self.rag_order, RAG_ORDERS)}"
             raise UsageError(f"--rag_order must be one of {', '.join(RAG_ORDERS)}; got {got}")
+
+    @property
+    def reading(self) -> dict:
+        """The reading settings that were given."""
+        given = {"top_k": self.top_k, "retrieval": self.retrieval, "offload_blocks": self.offload_blocks}
+        return {name: value for name, value in given.items() if value is not None}
 
     @property
     def rag(self) -> dict:
@@ -288,6 +300,8 @@ class EvaluationSettings:
         }
         if "rag" in self.baseline:
             identity["rag"] = self.rag
+        if "api" in self.baseline:
+            identity["api_max_tokens"] = self.api_max_tokens
         return identity
 
     @classmethod
@@ -311,6 +325,7 @@ class InspectionSettings:
     offload_blocks: bool | None = None
     output_dir: str | None = None
     overwrite: bool = False
+    model_name_or_path: str | None = None
 
     def __post_init__(self):
         check_model_folder(self.adapter_path)
@@ -325,6 +340,12 @@ class InspectionSettings:
             raise UsageError(f"--output_dir must be a folder; {self.folder} is a file")
         if not self.overwrite and self.folder.is_dir() and any(self.folder.iterdir()):
             raise UsageError(f"--output_dir {self.folder} is not empty; name another, or give --overwrite")
+
+    @property
+    def reading(self) -> dict:
+        """The reading settings that were given."""
+        given = {"top_k": self.top_k, "retrieval": self.retrieval, "offload_blocks": self.offload_blocks}
+        return {name: value for name, value in given.items() if value is not None}
 
     @cached_property
     def text(self) -> str:
