@@ -11,13 +11,12 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 import lrmt
 from lrmt.adapters.backbone import open_tokenizer
 from lrmt.errors import UsageError, suggest
 from lrmt.files import digest, replacing, to_json, write_whole
 from lrmt.lengths import parse_tokens, spell_length
+from lrmt.progress import progress
 from lrmt.tasks.background import open_background
 from lrmt.tasks.cache import fingerprint_tokenizer
 from lrmt.tasks.haystack import HaystackTask, Row
@@ -161,7 +160,7 @@ def build(settings: BuildSettings) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / IDENTITY, to_json(identity))
     missing = sorted((s for s in shards if not s.path.exists()), key=lambda s: -parse_tokens(s.length))
-    with tqdm(total=sum(s.last - s.first for s in missing), unit="sample", disable=None) as bar:
+    with progress(sum(s.last - s.first for s in missing), "sample") as bar:
         for shard in _run(settings, tasks, missing):
             bar.update(shard.last - shard.first)
     write_whole(folder / "README.md", _card(folder, identity))

@@ -4,7 +4,6 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from tqdm import tqdm
 
 from lrmt.errors import UsageError
 from lrmt.evaluation.contenders import Contender
@@ -13,6 +12,7 @@ from lrmt.evaluation.plots import draw_perplexity
 from lrmt.evaluation.results import ResultsFolder, format_table
 from lrmt.evaluation.run import load_tokenizer, open_contenders, read_segment_length, refuse_too_large_batches
 from lrmt.evaluation.settings import EvaluationSettings
+from lrmt.progress import progress
 from lrmt.tasks.registry import build_task
 
 NUM_SAMPLES = 20
@@ -66,7 +66,7 @@ def measure_pending(
     """Measures length by length, and keeps what each gave."""
     is_writer, num_samples = PartialState().is_main_process, settings.num_samples or NUM_SAMPLES
     total = sum(num_samples * len(todo) for todo in pending.values())
-    with tqdm(total=total, unit="text", smoothing=0.05, disable=not is_writer) as bar:
+    with progress(total, "text", disable=not is_writer) as bar:
         for segments, todo in pending.items():
             if not todo:
                 continue

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from tqdm import tqdm
 
 import lrmt
 from lrmt.adapters import backbone
@@ -20,6 +19,7 @@ from lrmt.evaluation.grid import measure_cell
 from lrmt.evaluation.plots import draw_depths, draw_heatmap
 from lrmt.evaluation.results import ResultsFolder, format_table
 from lrmt.evaluation.settings import Cell, EvaluationSettings
+from lrmt.progress import progress
 from lrmt.tasks.background import Background, open_background
 from lrmt.tasks.base import Example
 from lrmt.tasks.dataset import DatasetTask, StoredTask
@@ -133,7 +133,7 @@ def measure_pending(plan: Plan, pending: dict[Cell, list], kept: dict[Cell, Kept
     """Measures cell by cell, and keeps what each gave."""
     total = sum(plan.samples[cell] * len(todo) for cell, todo in pending.items())
     quiet = not PartialState().is_main_process
-    with tqdm(total=total, unit="answer", smoothing=0.05, disable=quiet) as bar:
+    with progress(total, "answer", disable=quiet) as bar:
         for cell, todo in pending.items():
             bar.set_description(cell.task if cell.segments is None else f"{cell.task}, {cell.segments} seg.")
             records, stop_below = plan.folder.records, plan.settings.stop_below

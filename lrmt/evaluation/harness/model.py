@@ -4,11 +4,11 @@ import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import Collator, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.models.utils_hf import stop_sequences_criteria
-from tqdm import tqdm
 
 import lrmt
 from lrmt.evaluation.decoding import decode_answer, generating, greedy, pad_left, pad_token_id
 from lrmt.evaluation.run import load_tokenizer
+from lrmt.progress import progress
 from lrmt.tasks.base import Pieces
 
 
@@ -66,7 +66,7 @@ class HarnessModel(TemplateLM):
 
     def _batches(self, queue: Collator, total: int, unit: str, quiet: bool):
         """The queue's batches, with a bar of the requests done."""
-        with tqdm(total=total, unit=unit, disable=quiet) as bar:
+        with progress(total, unit, disable=quiet) as bar:
             for batch in queue.get_batched(n=self.batch_size):
                 yield batch
                 bar.update(len(batch))
