@@ -14,10 +14,12 @@ from lrmt.tasks import prose
 from lrmt.tasks.base import Pieces, derive_seed
 from lrmt.tasks.cache import Arrays, cache_folder, fingerprint_tokenizer, load_or_make
 from lrmt.tasks.documents import read_documents, split_sentences, stream_share, text_files
+from lrmt.tasks.options import TaskOptions
 
 MIN_SENTENCE_TOKENS = 10
+MIN_SENTENCES = 2  # or facts stand before or behind it all
 MAX_DATASET_TOKENS = 2**24  # read of a data set, which may be larger than any disk
-_CACHE_VERSION = "2"  # raise it whenever splitting or the stored arrays change
+_CACHE_VERSION = "3"  # raise it whenever splitting or the stored arrays change
 _BATCH = 4096  # sentences tokenised at once, in parallel
 _CUTS_TRIED = 16  # sentences searched for a beginning of the wanted number of tokens
 
@@ -80,7 +82,7 @@ class Background:
     def _open(
         self, tokenizer, cache_dir, key: str, books: Iterable[str], what: str, num_tokens: int | None = None
     ) -> None:
-        sentences = (split_sentences(text.encode("utf-8", "replace").decode()) for text in books)
+        sentences = map(split_sentences, books)
         arrays = _load_or_tokenise(tokenizer, cache_dir, key, sentences, num_tokens)
         self._set(arrays, Pieces(tokenizer), key, what)
 
@@ -197,34 +199,24 @@ class ProceduralProse(Background):
 
 
 def open_background(
-    tokenizer,
-    *,
-    background_dir: str | Path | Sequence[str | Path] | None = None,
-    background_dataset: str | None = None,
-    split: str = "train",
-    seed: int = 0,
-    longest: int = 0,
-    repeat: bool = True,
+    tokenizer, options: TaskOptions, *, split: str = "train", seed: int = 0, longest: int = 0
 ) -> Background:
     """Books of files or of a data set, or built-in prose; texts of one split never occur in another's, but for files.
 
-    A data set is read until there are `longest` tokens. Raises UsageError when both are named, and unless books may `repeat`
-    where they are shorter than that.
+    A data set is read until there are `longest` tokens. Raises UsageError where there are fewer, unless `repeat_background`,
+    and where there is no place between sentences.
     """
-    if background_dir is not None and background_dataset is not None:
-        raise UsageError(
-            "--background_dir and --background_dataset exclude each other; "
-            f"got {background_dir} and {background_dataset}. Name one"
-        )
-    if background_dataset is not None:
+    if options.background_dataset is not None:
         enough = max(MAX_DATASET_TOKENS, longest)
-        background = Background.from_dataset(background_dataset, tokenizer, split=split, num_tokens=enough)
-    elif background_dir is not None:
-        background = Background(background_dir, tokenizer)
+        background = Background.from_dataset(options.background_dataset, tokenizer, split=split, num_tokens=enough)
+    elif options.background_dir is not None:
+        background = Background(options.background_dir, tokenizer)
     else:
         background = ProceduralProse(tokenizer, seed=f"{seed}/{split}")
-    if not repeat:
+    if not options.repeat_background:
         background.reserve(longest)
+    if len(background.offsets) <= MIN_SENTENCES:
+        raise UsageError(f"{background.what} is one sentence, and facts stand between sentences; give longer prose")
     return background
 
 

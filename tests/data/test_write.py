@@ -10,8 +10,10 @@ import pytest
 from transformers import AutoTokenizer
 
 from lrmt.data import write as module
-from lrmt.data.show import ShowSettings, highlight, show
-from lrmt.data.write import BuildSettings, build, chat
+from lrmt.data.samples import TINY_TOKENIZER, open_tasks
+from lrmt.data.settings import BuildSettings, ShowSettings
+from lrmt.data.show import highlight, show
+from lrmt.data.write import build, chat
 from lrmt.errors import UsageError
 from lrmt.lengths import parse_tokens, spell_length
 from lrmt.tasks import babi, prose
@@ -54,7 +56,7 @@ def built(books, home):
 
 @pytest.fixture(scope="module")
 def tiny():
-    return AutoTokenizer.from_pretrained(module.TINY_TOKENIZER)
+    return AutoTokenizer.from_pretrained(TINY_TOKENIZER)
 
 
 def digests(folder):
@@ -87,7 +89,7 @@ def test_read_back_it_has_the_public_schema_and_exact_lengths(built, tiny, lengt
 
 
 def test_its_rows_are_those_of_the_task(built, books, tiny):
-    task = build_task("qa1", tiny, split="test", background=books)
+    task = build_task("qa1", tiny, split="test", background_dir=books)
     for index, row in enumerate(load(built, "4k", "qa1")):
         made = task.row(index, 3700)
         assert row == {"input": made.input, "question": made.question, "target": made.target}
@@ -150,7 +152,7 @@ def test_jsonl_and_chats(built, books, tmp_path):
 
 
 def test_chat_has_the_question_where_it_is_asked_for(tiny, books):
-    row = build_task("qa1", tiny, background=books).row(0, 200)
+    row = build_task("qa1", tiny, background_dir=books).row(0, 200)
     for position, counts in (("last", (0, 1)), ("first", (1, 0)), ("both", (1, 1))):
         before, after = chat(row, position)[0]["content"].split(row.input)
         assert (before.count("Question: "), after.count("Question: ")) == counts
@@ -158,14 +160,14 @@ def test_chat_has_the_question_where_it_is_asked_for(tiny, books):
 
 def test_a_built_folder_is_a_data_set_to_read(built, tiny):
     task = build_task(
-        "dataset", tiny, split="test", dataset_path=built, dataset_config="4k", dataset_split="niah_single"
+        "dataset", tiny, split="test", dataset_name=built, dataset_config="4k", dataset_split="niah_single"
     )
     example, row = task.example(1), load(built, "4k", "niah_single")[1]
     assert (task.num_examples(0), example.target) == (3, row["target"])
     question = len(tiny(f" {row['question']}", add_special_tokens=False)["input_ids"])
     assert len(example.prompt_ids) == 3700 + question
     with pytest.raises(UsageError, match="cannot load --dataset_name .* --dataset_config 8k"):
-        build_task("dataset", tiny, split="test", dataset_path=built, dataset_config="8k", dataset_split="qa1")
+        build_task("dataset", tiny, split="test", dataset_name=built, dataset_config="8k", dataset_split="qa1")
 
 
 def test_a_bab_i_file_gives_no_more_than_it_has_and_its_facts_must_fit(books, tmp_path):
@@ -214,7 +216,7 @@ def test_every_flag_of_a_sample_changes_it_alone(built, books, tmp_path):
     base = settings(books, tmp_path, task=("qa1",))
 
     def first(**change):
-        return next(iter(dataclasses.replace(base, **change).open_tasks().values())).row(0, 2000)
+        return next(iter(open_tasks(dataclasses.replace(base, **change)).values())).row(0, 2000)
 
     changes = ({"seed": 1}, {"split": "train"}, {"task_start_pct": 0.9}, {"task_end_pct": 0.1}, {"depth": 0.5})
     texts = {first(**change).input for change in ({}, *changes)}
@@ -235,7 +237,7 @@ def test_show_prints_facts_places_and_answer(books, capsys):
     given = {"task": ("qa2",), "lengths": ("4k",), "background_dir": str(books), "index": 1}
     show(ShowSettings(**given))
     out = capsys.readouterr().out
-    (task,) = ShowSettings(**given).open_tasks().values()
+    (task,) = open_tasks(ShowSettings(**given)).values()
     row = task.row(1, 3700)
     assert re.findall(r"\[\[(.*?)\]\]", out) == list(row.facts)
     assert f"target    {row.target}" in out and f"{row.places[-1]:,}" in out and "characters …" in out
@@ -245,7 +247,7 @@ def test_show_prints_facts_places_and_answer(books, capsys):
 
 def test_places_are_where_the_facts_are(books, tiny):
     for name in ("qa1", "niah_single", "reasoning"):
-        row = build_task(name, tiny, background=books).row(5, 1500)
+        row = build_task(name, tiny, background_dir=books).row(5, 1500)
         ids = tiny(f" {row.input}", add_special_tokens=False)["input_ids"]
         for place, fact in zip(row.places, row.facts, strict=True):
             assert tiny.decode(ids[place:]).startswith(f" {fact}")

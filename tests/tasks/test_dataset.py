@@ -3,8 +3,10 @@ import json
 import pytest
 
 from lrmt.errors import UsageError
-from lrmt.tasks.dataset import DatasetTask, StoredTask, looks_local
+from lrmt.tasks.dataset import StoredTask, looks_local
 from lrmt.tasks.names import ROOMS
+from lrmt.tasks.options import TaskOptions
+from lrmt.tasks.registry import build_task
 
 ROWS = [
     {
@@ -29,7 +31,9 @@ def write(path, rows):
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 def test_rows_become_examples_in_order(tokenizer, tmp_path, suffix):
-    task = DatasetTask(tokenizer, write(tmp_path / f"rows{suffix}", ROWS), split="test", segment_length=64)
+    task = build_task(
+        "dataset", tokenizer, dataset_name=write(tmp_path / f"rows{suffix}", ROWS), split="test", segment_length=64
+    )
     assert task.num_examples(999) == 5
     for index in (0, 3, 5):
         example = task.example(index, 999)
@@ -41,7 +45,7 @@ def test_rows_become_examples_in_order(tokenizer, tmp_path, suffix):
 
 
 def test_training_shuffles_each_epoch(tokenizer, tmp_path):
-    task = DatasetTask(tokenizer, write(tmp_path / "rows.jsonl", ROWS))
+    task = build_task("dataset", tokenizer, dataset_name=write(tmp_path / "rows.jsonl", ROWS))
     epochs = [[task.example(4 * e + i).question for i in range(4)] for e in range(4)]
     assert all(sorted(epoch) == sorted(r["question"].strip() for r in ROWS[:4]) for epoch in epochs)
     assert len(set(map(tuple, epochs))) > 1
@@ -52,7 +56,7 @@ def test_the_last_tenth_of_the_rows_is_held_out_of_training(tokenizer, tmp_path)
     path = write(tmp_path / "rows.jsonl", rows)
     seen = {}
     for split in ("train", "validation", "test"):
-        task = DatasetTask(tokenizer, path, split=split)
+        task = build_task("dataset", tokenizer, dataset_name=path, split=split)
         seen[split] = {task.example(i).target for i in range(task.num_examples(0))}
     assert seen["validation"] == {"23", "24"}
     assert seen["train"] == {str(i) for i in range(23)}
@@ -64,7 +68,13 @@ def test_a_length_asks_for_rows_of_as_many_segments(tokenizer, tmp_path):
         return {"input": "and " * words, "question": f"How many {words}?", "target": "many"}
 
     sizes = [10, 12, 14, 70, 75, 130, 135, 140]
-    task = DatasetTask(tokenizer, write(tmp_path / "rows.jsonl", map(row, sizes)), split="test", segment_length=64)
+    task = build_task(
+        "dataset",
+        tokenizer,
+        dataset_name=write(tmp_path / "rows.jsonl", map(row, sizes)),
+        split="test",
+        segment_length=64,
+    )
 
     def lengths(segments):
         examples = [task.example(i, segments * 64) for i in range(task.num_examples(segments * 64))]
@@ -72,13 +82,15 @@ def test_a_length_asks_for_rows_of_as_many_segments(tokenizer, tmp_path):
 
     assert [lengths(n) for n in (1, 2, 3, 4, 9)] == [{1}, {2}, {3}, {3}, {3}]
     assert task.num_examples(64) == 3 and task.num_examples(0) == 8
-    alone = DatasetTask(tokenizer, write(tmp_path / "long.jsonl", [row(130)]), split="test", segment_length=64)
+    alone = build_task(
+        "dataset", tokenizer, dataset_name=write(tmp_path / "long.jsonl", [row(130)]), split="test", segment_length=64
+    )
     assert alone.num_examples(64) == 1  # none as short: the nearest longer
 
 
 def test_line_separators_inside_a_row_are_text(tokenizer, tmp_path):
     rows = [{**ROWS[0], "input": "One line\u2028and another\u0085here"}]
-    assert DatasetTask(tokenizer, write(tmp_path / "rows.jsonl", rows)).num_examples(0) == 1
+    assert build_task("dataset", tokenizer, dataset_name=write(tmp_path / "rows.jsonl", rows)).num_examples(0) == 1
 
 
 @pytest.mark.parametrize(
@@ -99,7 +111,7 @@ def test_bad_rows_are_refused_in_one_line(tokenizer, tmp_path, text, message):
     path = tmp_path / "rows.jsonl"
     path.write_text(text)
     with pytest.raises(UsageError, match=message) as caught:
-        DatasetTask(tokenizer, path, segment_length=32)
+        build_task("dataset", tokenizer, dataset_name=path, segment_length=32)
     assert "\n" not in str(caught.value)
 
 
@@ -120,7 +132,7 @@ def test_bad_files_are_refused_in_one_line(tokenizer, tmp_path):
         (None, "needs --dataset_name"),
     ):
         with pytest.raises(UsageError, match=message) as caught:
-            DatasetTask(tokenizer, path)
+            build_task("dataset", tokenizer, dataset_name=path)
         assert "\n" not in str(caught.value)
 
 
@@ -137,7 +149,7 @@ def test_what_looks_like_a_path_is_never_looked_up(tokenizer, tmp_path, monkeypa
 
     monkeypatch.setattr("datasets.load_dataset", look_up)
     with pytest.raises(UsageError, match="does not exist"):
-        DatasetTask(tokenizer, "runs/rows")
+        build_task("dataset", tokenizer, dataset_name="runs/rows")
 
 
 def test_hub_datasets_use_config_and_split(tokenizer, monkeypatch):
@@ -150,12 +162,14 @@ def test_hub_datasets_use_config_and_split(tokenizer, monkeypatch):
         return ROWS
 
     monkeypatch.setattr("datasets.load_dataset", load)
-    task = DatasetTask(tokenizer, "org/rows", split="test", dataset_config="4k", dataset_split="qa1")
+    task = build_task(
+        "dataset", tokenizer, dataset_name="org/rows", split="test", dataset_config="4k", dataset_split="qa1"
+    )
     assert task.num_examples(0) == 5
-    DatasetTask(tokenizer, "org/rows", split="validation")
+    build_task("dataset", tokenizer, dataset_name="org/rows", split="validation")
     assert asked == [("org/rows", "4k", "qa1"), ("org/rows", None, "train")]
     with pytest.raises(UsageError, match="cannot load --dataset_name org/gone --dataset_split train: no such dataset"):
-        DatasetTask(tokenizer, "org/gone")
+        build_task("dataset", tokenizer, dataset_name="org/gone")
 
 
 def test_a_public_set_has_its_tasks_at_each_length(tokenizer, monkeypatch):
@@ -167,13 +181,15 @@ def test_a_public_set_has_its_tasks_at_each_length(tokenizer, monkeypatch):
         return sets[config]
 
     monkeypatch.setattr("datasets.load_dataset", load)
-    task = StoredTask("qa1", tokenizer, "org/rows", ("4K", "0k"), split="test", segment_length=64)
+    task = StoredTask(
+        "qa1", tokenizer, TaskOptions(dataset_name="org/rows"), ("4K", "0k"), split="test", segment_length=64
+    )
     assert [task.num_examples(length) for length in (0, 4000)] == [2, 6] and asked == ["4k", "0k"]
     examples = [task.example(index, 4000) for index in range(6)]
     assert asked == ["4k", "0k", "4k"]  # one is held
     assert [(example.task, example.target) for example in examples] == [("qa1", room) for room in ROOMS]
     assert task.example(1, 0).target == ROOMS[1]
     with pytest.raises(UsageError, match="--task qa6 --lengths 0k row 1: target 'bathroom' is no answer of qa6"):
-        StoredTask("qa6", tokenizer, "org/rows", ("0k",), split="test")
+        StoredTask("qa6", tokenizer, TaskOptions(dataset_name="org/rows"), ("0k",), split="test")
     with pytest.raises(UsageError, match=r"no answer of passkey \(a number\)"):
-        StoredTask("passkey", tokenizer, "org/rows", ("0k",), split="test")
+        StoredTask("passkey", tokenizer, TaskOptions(dataset_name="org/rows"), ("0k",), split="test")
