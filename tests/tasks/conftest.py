@@ -1,8 +1,6 @@
-"""A small byte-fallback BPE tokenizer, trained here on the tasks' own words, and the folder of real data."""
+"""A small byte-fallback BPE tokenizer, trained here on the tasks' own words."""
 
 import functools
-import os
-from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -39,14 +37,6 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def other_tokenizer():
     return make_tokenizer(700)
-
-
-@pytest.fixture(scope="session")
-def data_dir():
-    folder = Path(os.environ.get("LRMT_DATA") or Path(__file__).parents[3] / "shared" / "data")
-    if not folder.is_dir():
-        pytest.skip(f"real data not found in {folder}; set LRMT_DATA")
-    return folder
 
 
 @pytest.fixture
