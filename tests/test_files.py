@@ -1,13 +1,16 @@
 """One reader of text: UTF-8 whatever the locale, or one line that says which byte is not."""
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from lrmt.errors import UsageError
 from lrmt.files import read_text
 
+ROOT = Path(__file__).parents[1]
 TEXT = "Łódź, 厨房, cafe\u0301"
 
 
@@ -57,3 +60,14 @@ def test_the_locale_does_not_matter(tmp_path):
     env = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": ":".join(filter(None, sys.path))}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert done.stdout == f"{ascii(TEXT)}\n", done.stderr
+
+
+def test_every_text_file_is_opened_as_utf8():
+    """Or the locale decides; a call that names no encoding reads or writes bytes."""
+    calls = ("open", "read_text", "write_text")
+    for path in (file for room in ("tasks", "data") for file in (ROOT / "lrmt" / room).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and (getattr(node.func, "id", "") or getattr(node.func, "attr", "")) in calls:
+                named = {word.arg for word in node.keywords}
+                ours = getattr(node.func, "id", "") == "read_text"
+                assert ours or "encoding" in named, f"{path}:{node.lineno}"

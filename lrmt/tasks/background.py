@@ -22,6 +22,8 @@ MAX_DATASET_TOKENS = 2**24  # read of a data set, which may be larger than any d
 _CACHE_VERSION = "3"  # raise it whenever splitting or the stored arrays change
 _BATCH = 4096  # sentences tokenised at once, in parallel
 _CUTS_TRIED = 16  # sentences searched for a beginning of the wanted number of tokens
+_ENDS_TRIED = 100  # of such a beginning, the likeliest first
+_GIVEN_UP = 4  # sentences left out where none has one
 
 
 @dataclass(frozen=True)
@@ -141,31 +143,56 @@ class Background:
         return runs, -num_tokens
 
     def _shorten(self, runs: list[tuple[int, int]], surplus: int) -> tuple[list[tuple[int, int]], bytes]:
-        """Leave out the last sentences; what is then missing is the beginning of one."""
-        missing, tail = -surplus, None
-        while tail is None:
-            first, stop = runs.pop()
-            missing += int(self.offsets[stop] - self.offsets[stop - 1])
-            runs += [(first, stop - 1)] if first < stop - 1 else []
-            tail = self._begin(stop - 1, missing)
-            if tail is None and not runs:
-                raise UsageError(
-                    f"no beginning of a sentence of {self.what} has {missing} tokens; give a greater length"
-                )
+        """Leave out the last sentences; what is then missing is the beginning of one, or the beginnings of several."""
+        missing, tail, sentence = -surplus, None, 0
+        for _ in range(_GIVEN_UP):
+            if tail is None and runs:
+                first, stop = runs.pop()
+                sentence = stop - 1
+                missing += int(self.offsets[stop] - self.offsets[sentence])
+                runs += [(first, sentence)] if first < sentence else []
+                tail = self._begin(sentence, missing)
+        tail = tail or self._begin_several(sentence, missing)
+        if tail is None:
+            raise UsageError(f"no beginning of a sentence of {self.what} has {missing} tokens; give a greater length")
         return runs, tail
 
     def _begin(self, sentence: int, num_tokens: int) -> bytes | None:
         """The beginning of exactly `num_tokens` of a sentence or of a following one, in UTF-8 after a space."""
         for number in range(sentence, sentence + _CUTS_TRIED):
-            number %= len(self.offsets) - 1
-            length = int(self.offsets[number + 1] - self.offsets[number])
-            text = bytes(self.text[self.text_offsets[number] : self.text_offsets[number + 1]]).decode().strip()
+            text, length = self._read(number)
             likely = len(text) * num_tokens / length
             ends = range(1, len(text) + 1) if num_tokens <= length else ()
-            for end in sorted(ends, key=lambda end: abs(end - likely)):
+            for end in sorted(ends, key=lambda end: abs(end - likely))[:_ENDS_TRIED]:
                 if not text[end - 1].isspace() and len(self.pieces.encode([text[:end]])[0]) == num_tokens:
                     return f" {text[:end]}".encode()
         return None
+
+    def _begin_several(self, sentence: int, num_tokens: int) -> bytes | None:
+        """Beginnings of this and the next sentences that have `num_tokens` together, each after a space.
+
+        Where every letter takes three tokens, say, those of one sentence alone never have some numbers of them.
+        """
+        found = {0: b""}  # tokens -> text
+        for number in range(sentence, sentence + _CUTS_TRIED):
+            text, _ = self._read(number)
+            beginnings = [text[:end] for end in range(1, len(text) + 1) if not text[end - 1].isspace()]
+            counts = dict(zip(map(len, self.pieces.encode(beginnings)), beginnings, strict=True))
+            found = {
+                have + more: said + f" {beginning}".encode()
+                for have, said in found.items()
+                for more, beginning in counts.items()
+                if have + more <= num_tokens
+            }
+            if num_tokens in found:
+                return found[num_tokens]
+        return None
+
+    def _read(self, number: int) -> tuple[str, int]:
+        """A sentence, counted on from the first after the last one, and its tokens."""
+        number %= len(self.offsets) - 1
+        text = bytes(self.text[self.text_offsets[number] : self.text_offsets[number + 1]]).decode().strip()
+        return text, int(self.offsets[number + 1] - self.offsets[number])
 
 
 class ProceduralProse(Background):

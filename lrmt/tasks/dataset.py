@@ -79,18 +79,15 @@ class DatasetTask(Task):
         return len(self._rows(length))
 
     def example(self, index: int, length: int = 0) -> Example:
-        rows = self._rows(length)
-        place = epoch_order(len(rows), index, self.seed, self.name) if self.split == "train" else index % len(rows)
-        row = rows[place]
+        row = self.choose(index, length)
         context, question = self.pieces.encode([self.inputs[row], self.questions[row]])
-        target = self.targets[row]
-        return Example(
-            join([context, question]),
-            self.pieces.answer(target),
-            self.questions[row].strip(),
-            self.pieces.said(target),
-            self.name,
-        )
+        answer, target = self.pieces.answer(self.targets[row]), self.pieces.said(self.targets[row])
+        return Example(join([context, question]), answer, self.questions[row].strip(), target, self.name)
+
+    def choose(self, index: int, length: int = 0) -> int:
+        """The row that `index` meets."""
+        rows = self._rows(length)
+        return rows[epoch_order(len(rows), index, self.seed, self.name) if self.split == "train" else index % len(rows)]
 
     def _rows(self, length: int) -> Sequence[int]:
         if not length or not self.segment_length:
@@ -134,7 +131,9 @@ class StoredTask(Task):
         return self._sizes[length]
 
     def example(self, index: int, length: int) -> Example:
-        return replace(self._open(length).example(index), task=self.name)
+        rows = self._open(length)
+        target = rows.targets[rows.choose(index)].strip()  # a label, whatever the tokenizer makes of it
+        return replace(rows.example(index), task=self.name, target=target)
 
     def _open(self, length: int) -> DatasetTask:
         if self._opened is None or self._opened[0] != length:

@@ -1,11 +1,13 @@
 """A small byte-fallback BPE tokenizer, trained here on the tasks' own words."""
 
 import functools
+from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+import lrmt
 from lrmt.tasks import babi, passkey, prose
 
 
@@ -37,6 +39,12 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def other_tokenizer():
     return make_tokenizer(700)
+
+
+@pytest.fixture(scope="session")
+def shipped():
+    """The tokenizer of the tiny LLaMA, whose bytes are no special tokens."""
+    return AutoTokenizer.from_pretrained(Path(lrmt.__file__).parent / "assets" / "tiny-llama")
 
 
 @pytest.fixture

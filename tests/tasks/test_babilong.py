@@ -267,3 +267,25 @@ def test_other_words(tokenizer, tmp_path):
     (tmp_path / "qa1_train.txt").write_text("1 Mary went to the office.\n2 Where is Mary? \toffice\t1\n" * 20)
     with pytest.raises(UsageError, match="--babi_vocabulary .* --babi_dir"):
         build_task("qa1", tokenizer, babi_vocabulary=tmp_path / "words.yaml", babi_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "known"),
+    [
+        ("qa1", "kitchen,office", False),
+        ("qa6", "yes,no", False),
+        ("qa14", "park,office", False),
+        ("qa19", "n,e", True),
+        ("qa19", "n,e,s,w", False),
+        ("qa8", "apple,milk", True),
+        ("qa8", "apple,pear", False),
+        ("qa8", "Nothing", True),
+    ],
+)
+def test_lists_are_answers_of_qa8_alone(tokenizer, prose, tmp_path, name, answer, known):
+    (tmp_path / f"{name}_test.txt").write_text(f"1 John went away.\n2 What is it?\t{answer}\t1\n")
+    if known:
+        assert build_task(name, tokenizer, background=prose, split="test", babi_dir=tmp_path).num_examples(0) == 1
+        return
+    with pytest.raises(UsageError, match=f"{name}_test.txt answers .* '{answer}', which is no label of {name}"):
+        build_task(name, tokenizer, background=prose, split="test", babi_dir=tmp_path)

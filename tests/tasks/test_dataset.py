@@ -1,6 +1,8 @@
 import json
 
 import pytest
+from tokenizers import Tokenizer, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from lrmt.errors import UsageError
 from lrmt.tasks.dataset import StoredTask, looks_local
@@ -193,3 +195,110 @@ def test_a_public_set_has_its_tasks_at_each_length(tokenizer, monkeypatch):
         StoredTask("qa6", tokenizer, TaskOptions(dataset_name="org/rows"), ("0k",), split="test")
     with pytest.raises(UsageError, match=r"no answer of passkey \(a number\)"):
         StoredTask("passkey", tokenizer, TaskOptions(dataset_name="org/rows"), ("0k",), split="test")
+
+
+@pytest.fixture(scope="module")
+def composing(shipped):
+    """A tokenizer that normalises (NFC)."""
+    backend = Tokenizer.from_str(shipped.backend_tokenizer.to_str())
+    backend.normalizer = normalizers.NFC()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="<pad>", bos_token="<s>")
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["with <s>old</s> tags", "</s>", "<pad>", "apples\nmilk", "open , closed ?", "two  blanks\n\n  and a line"],
+)
+def test_targets_are_text_to_the_letter(shipped, composing, tmp_path, target):
+    path = write(
+        tmp_path / "rows.jsonl", [{"input": f"It said {target} there.", "question": "What?", "target": target}]
+    )
+    for each in (shipped, composing):
+        task = build_task("dataset", each, dataset_name=path, split="test")
+        example = task.example(0)
+        assert example.target == target
+        assert each.decode(example.answer_ids[:-1], skip_special_tokens=True).strip() == target  # what is scored
+        assert each.decode(example.prompt_ids, skip_special_tokens=True) == f" It said {target} there. What?"
+        assert example.answer_ids.tolist().index(each.eos_token_id) == len(example.answer_ids) - 1
+        assert not set(each.all_special_ids) & set(example.prompt_ids.tolist())
+
+
+def test_a_target_is_what_the_tokenizer_can_say(shipped, composing, tmp_path):
+    rows = [{"input": "She left.", "question": "Where is she?", "target": " in the cafe\u0301 "}]
+    path = write(tmp_path / "rows.jsonl", rows)
+    targets = [build_task("dataset", each, dataset_name=path).example(0).target for each in (shipped, composing)]
+    assert targets == ["in the cafe\u0301", "in the caf\u00e9"]
+
+
+def test_a_target_that_no_token_says_is_refused(shipped, tmp_path):
+    model = json.loads(shipped.backend_tokenizer.to_str())
+    model["model"]["byte_fallback"] = False
+    backend = Tokenizer.from_str(json.dumps(model))
+    bare = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    path = write(tmp_path / "rows.jsonl", [ROWS[0], ROWS[0] | {"target": "厨房"}])
+    with pytest.raises(UsageError, match="rows.jsonl row 2: the tokenizer has no tokens for target '厨房'"):
+        build_task("dataset", bare, dataset_name=path, split="test")
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_rows_are_numbered_as_in_the_file(tokenizer, tmp_path, split, suffix):
+    many = [{"input": "A lantern.", "question": f"Where is number {i}?", "target": "here"} for i in range(40)]
+    at = 4 if split == "train" else 37
+    for change, message in (
+        ({"question": "Where " * 200}, f"rows{suffix} row {at + 1} take"),
+        ({"target": None}, f"rows{suffix} row {at + 1} has no text in 'target'"),
+    ):
+        rows = [row | change if i == at else row for i, row in enumerate(many)]
+        path = write(tmp_path / f"rows{suffix}", rows)
+        with pytest.raises(UsageError, match=message):
+            build_task("dataset", tokenizer, dataset_name=path, split=split, segment_length=64)
+
+
+def test_blank_lines_count_as_lines(tokenizer, tmp_path):
+    lines = [json.dumps(ROWS[0]), "", "  ", json.dumps(ROWS[0] | {"target": ""})]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    with pytest.raises(UsageError, match="rows.jsonl row 4 has no text in 'target'"):
+        build_task("dataset", tokenizer, dataset_name=tmp_path / "rows.jsonl", split="test")
+
+
+def test_rows_of_a_public_set_are_numbered_before_the_split(tokenizer, monkeypatch):
+    rows = [{"input": "Mary went away.", "question": "Where is Mary?", "target": room} for room in [*ROOMS] * 4]
+    rows[-2] |= {"target": "cellar"}
+    monkeypatch.setattr("datasets.load_dataset", lambda name, config, split: rows)
+    with pytest.raises(UsageError, match="--lengths 0k row 23: target 'cellar' is no answer of qa1"):
+        StoredTask("qa1", tokenizer, TaskOptions(dataset_name="org/rows"), ("0k",), split="validation")
+
+
+@pytest.mark.parametrize("column", ["input", "question", "target"])
+def test_half_a_character_is_refused_in_one_line(tokenizer, tmp_path, column):
+    rows = [ROWS[0], ROWS[0] | {column: "here \ud83d"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(
+        UsageError, match=rf"rows.jsonl row 2, '{column}', has half a character, '\\ud83d', as its letter 6"
+    ):
+        build_task("dataset", tokenizer, dataset_name=tmp_path / "rows.jsonl", split="test")
+    rows[1][column] = "here \ud83d\ude00"  # both halves
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert build_task("dataset", tokenizer, dataset_name=tmp_path / "rows.jsonl", split="test").num_examples(0) == 2
+
+
+def test_what_a_reader_raises_is_one_line(tokenizer, tmp_path, monkeypatch):
+    (tmp_path / "rows.jsonl").write_text('{"input": ' + "9" * 5000 + "}")
+    with pytest.raises(UsageError, match="rows.jsonl:1 is not JSON"):
+        build_task("dataset", tokenizer, dataset_name=tmp_path / "rows.jsonl")
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    text = pa.array([b"caf\xe9"], type=pa.binary()).view(pa.string())  # Latin-1, said to be UTF-8
+    pq.write_table(pa.table(dict.fromkeys(ROWS[0], text)), tmp_path / "rows.parquet")
+    with pytest.raises(UsageError, match="rows.parquet is no readable parquet file"):
+        build_task("dataset", tokenizer, dataset_name=tmp_path / "rows.parquet")
+
+    def rows(name, config, split):
+        yield ROWS[0]
+        raise ConnectionError("gone\naway")
+
+    monkeypatch.setattr("datasets.load_dataset", rows)
+    with pytest.raises(UsageError, match="cannot load --dataset_name org/rows .*: gone away"):
+        build_task("dataset", tokenizer, dataset_name="org/rows")

@@ -207,3 +207,37 @@ def test_training_on_text(train_small, tmp_path):
     with pytest.raises(UsageError, match="tokens for split validation, fewer than one text of 3200"):
         train_small(*flags[:-2], "1", "100", "--output_dir", output_dir)
     assert not output_dir.exists()
+
+
+def test_what_spells_a_special_token_is_text(shipped, tmp_path):
+    """Or a book about markup would end, and be padded, in its middle."""
+    text = "One writes <s>old</s> and <pad> in it."
+    (tmp_path / "markup.txt").write_text(text)
+    tokens = build_task("text", shipped, text_path=tmp_path / "markup.txt", split="test").tokens
+    assert not set(shipped.all_special_ids) & set(tokens.tolist())
+    assert shipped.decode(tokens, skip_special_tokens=True) == text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("Bücher aus Łódź".encode("iso8859-2"), r"book.txt is not UTF-8 text \(byte 1\); .*iconv"),
+        ("他走进了厨房。".encode("gbk"), r"book.txt is not UTF-8 text \(byte 0\); .*iconv"),
+        ("Call me Nora.".encode("utf-16"), r"book.txt is not UTF-8 text \(byte 0\), but UTF-16"),
+        ("Call me Nora.".encode("utf-16-be"), r"book.txt is not UTF-8 text \(byte 0\), but UTF-16"),
+    ],
+)
+def test_books_in_another_encoding_are_refused(tokenizer, tmp_path, content, message):
+    (tmp_path / "book.txt").write_bytes(content)
+    with pytest.raises(UsageError, match=f"--text_path .*{message}"):
+        build_task("text", tokenizer, text_path=tmp_path, split="test")
+    with pytest.raises(UsageError, match=f"--background_dir .*{message}"):
+        build_task("qa1", tokenizer, background_dir=tmp_path)
+
+
+@pytest.mark.parametrize("option", ["text_path", "background_dir"])
+def test_half_a_character_of_a_document_is_refused_by_its_line(tokenizer, tmp_path, option):
+    rows = ['{"text": "The mill stood idle."}', "", '{"text": "The mill \\ud83d stood idle."}']
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    with pytest.raises(UsageError, match=rf"--{option} .*rows.jsonl row 3, 'text', has half a character, '\\ud83d'"):
+        build_task("text" if option == "text_path" else "qa1", tokenizer, **{option: tmp_path / "rows.jsonl"})
