@@ -99,9 +99,10 @@ class Pieces:
 
 def encode_plain(tokenizer, texts: Sequence[str]) -> list[list[int]]:
     """Ids of texts as they are: what spells a special token in them is text."""
-    return tokenizer(
-        texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
-    )["input_ids"]
+    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    if type(tokenizer).__name__ != "MistralCommonBackend":  # which knows no other way, and refuses to be told
+        options["split_special_tokens"] = True
+    return tokenizer(texts, **options)["input_ids"]
 
 
 def join(pieces: Iterable[np.ndarray]) -> np.ndarray:

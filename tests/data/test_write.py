@@ -4,6 +4,9 @@ import dataclasses
 import hashlib
 import json
 import re
+import shutil
+import subprocess
+import sys
 
 import datasets
 import pytest
@@ -210,6 +213,60 @@ def test_folders_of_something_else_are_refused_and_kept(built, books, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(UsageError, match="is not empty and holds no build"):
         build(settings(books, tmp_path))
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_read(books, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "open_tasks", lambda settings: pytest.fail("read"))
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UsageError, match="--output_dir .*file/deep/er cannot be written, for .*file cannot; name"):
+        build(settings(books, tmp_path / "file" / "deep" / "er"))
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
+    with pytest.raises(UsageError, match="--output_dir .*new cannot be written"):
+        build(settings(books, tmp_path / "new"))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_disk_that_is_full_is_told_in_one_line(books, tmp_path, monkeypatch):
+    def full(path, records):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "_write_parquet", full)
+    for workers in (1, 2):
+        with pytest.raises(UsageError, match=r"--output_dir .* cannot be written \(No space left on device\)"):
+            build(settings(books, tmp_path / "out", num_workers=workers))
+
+
+@pytest.mark.parametrize(
+    "content", ["version https://git-lfs.github.com/spec/v1\noid sha256:0\n", '{"version": "1.0", "model": {', "{}"]
+)
+def test_a_tokenizer_that_is_no_whole_file_is_told_in_one_line(books, tmp_path, content):
+    shutil.copytree(TINY_TOKENIZER, tmp_path / "tokenizer")
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text(content)
+    with pytest.raises(UsageError, match="--tokenizer .*tokenizer cannot be loaded .*; name a folder or a Hub id"):
+        build(settings(books, tmp_path / "out", tokenizer=str(tmp_path / "tokenizer")))
+
+
+def test_a_build_knows_its_files_by_their_bytes(books, tmp_path):
+    """Notes beside the stories may be in any encoding, and the locale says nothing."""
+    story = "1 Zoë went to the office.\n2 Where is Zoë? \toffice\t1\n"
+    (tmp_path / "babi").mkdir()
+    (tmp_path / "babi" / "qa1_test.txt").write_text(story, encoding="utf-8")
+    (tmp_path / "babi" / "notes.txt").write_bytes("café".encode("latin-1"))
+    given = {"task": ("qa1",), "lengths": ("0k",), "babi_dir": str(tmp_path / "babi"), "format": "jsonl"}
+    (path,) = build(settings(books, tmp_path / "out", **given))
+    assert "Zoë went" in path.read_text(encoding="utf-8")
+    (tmp_path / "babi" / "qa1_test.txt").write_text(story.replace("Zoë", "Zoe"), encoding="utf-8")
+    with pytest.raises(UsageError, match="holds another build: babi_dir"):
+        build(settings(books, tmp_path / "out", **given))
+
+
+def test_settings_are_light():
+    code = (
+        "import sys, lrmt.data.settings, lrmt.tasks.options\n"
+        "print(sorted({'numpy', 'torch', 'transformers', 'pyarrow', 'tqdm'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_every_flag_of_a_sample_changes_it_alone(built, books, tmp_path):

@@ -270,6 +270,16 @@ def test_rows_of_a_public_set_are_numbered_before_the_split(tokenizer, monkeypat
         StoredTask("qa1", tokenizer, TaskOptions(dataset_name="org/rows"), ("0k",), split="validation")
 
 
+def test_the_target_of_a_public_task_stays_a_label(shipped, monkeypatch):
+    backend = Tokenizer.from_str(shipped.backend_tokenizer.to_str())
+    backend.normalizer = normalizers.Replace(",", " , ")
+    spaced = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    rows = [{"input": "Mary got both.", "question": "What has Mary?", "target": " apple,milk "}]
+    monkeypatch.setattr("datasets.load_dataset", lambda name, config, split: rows)
+    example = StoredTask("qa8", spaced, TaskOptions(dataset_name="org/rows"), ("0k",), split="test").example(0, 0)
+    assert example.target == "apple,milk" and spaced.decode(example.answer_ids).split() == ["apple", ",", "milk</s>"]
+
+
 @pytest.mark.parametrize("column", ["input", "question", "target"])
 def test_half_a_character_is_refused_in_one_line(tokenizer, tmp_path, column):
     rows = [ROWS[0], ROWS[0] | {column: "here \ud83d"}]
