@@ -19,7 +19,7 @@ import numpy as np
 from common import write_report
 from transformers import AutoTokenizer
 
-from lrmt.data.write import TINY_TOKENIZER
+from lrmt.data.samples import TINY_TOKENIZER
 from lrmt.lengths import parse_tokens
 from lrmt.tasks.background import Background, ProceduralProse
 from lrmt.tasks.registry import build_task

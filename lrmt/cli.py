@@ -519,7 +519,8 @@ def report(options):
 
 def build_data(options):
     quiet_libraries()
-    from lrmt.data.write import BuildSettings, build
+    from lrmt.data.settings import BuildSettings
+    from lrmt.data.write import build
 
     options.update(task=tuple(options["task"]), lengths=tuple(options["lengths"]))
     files = build(BuildSettings(**options))
@@ -529,7 +530,8 @@ def build_data(options):
 
 def show_data(options):
     quiet_libraries()
-    from lrmt.data.show import ShowSettings, show
+    from lrmt.data.settings import ShowSettings
+    from lrmt.data.show import show
 
     show(ShowSettings(**options | {"task": tuple(options["task"]), "lengths": tuple(options["lengths"])}))
 

@@ -226,7 +226,7 @@ def measure(path: Path, tokenizer, args) -> dict[str, dict[str, float]]:
     options = {"split": "validation", "seed": args.seed, "segment_length": 128}
     tasks = {
         "passkey": build_task("passkey", tokenizer, **options),
-        "qa1": build_task("qa1", tokenizer, babi_dir=args.babi_dir, background=background, **options),
+        "qa1": build_task("qa1", tokenizer, babi_dir=args.babi_dir, background_dir=background, **options),
     }
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True,

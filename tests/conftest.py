@@ -120,3 +120,11 @@ def trained(train_small):
     """A short NF4 run with everything an adapter folder holds: `(trainer, folder)`."""
     trainer = train_small("--save_steps", "3", "--learning_rate", "1e-2")
     return trainer, Path(trainer.args.output_dir)
+
+
+@pytest.fixture(scope="session")
+def data_dir():
+    folder = Path(os.environ.get("LRMT_DATA") or ROOT.parent / "shared" / "data")
+    if not folder.is_dir():
+        pytest.skip(f"real data not found in {folder}; set LRMT_DATA")
+    return folder

@@ -57,7 +57,7 @@ def load_model(name: str, nf4: bool = False):
 
 @cache
 def load_task(name: str, official: bool = False):
-    data = {"babi_dir": DATA / "babi", "background": DATA / "books" / "moby_dick.txt"} if official else {}
+    data = {"babi_dir": DATA / "babi", "background_dir": DATA / "books" / "moby_dick.txt"} if official else {}
     return build_task(name, load_tokenizer("tiny-llama"), split="validation", segment_length=LENGTH, **data)
 
 

@@ -1,32 +1,18 @@
 """One sample on the terminal: the facts, where they are, and what stands around them."""
 
 import sys
-from dataclasses import dataclass
 
-from lrmt.data.write import GenerationSettings
-from lrmt.errors import UsageError
+from lrmt.data.samples import open_tasks
+from lrmt.data.settings import ShowSettings
 from lrmt.tasks.haystack import Row
 
 BOLD, PLAIN = "\033[1;33m", "\033[0m"
 AROUND = 160  # characters shown of a stretch of background at each of its ends
 
 
-@dataclass(frozen=True)
-class ShowSettings(GenerationSettings):
-    """What `lrmt data show` is asked to do."""
-
-    index: int = 0
-    full: bool = False
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.index < 0:
-            raise UsageError(f"--index must not be negative; got {self.index}")
-
-
 def show(settings: ShowSettings) -> None:
     """Print sample `settings.index` of the first task and length."""
-    (task, *_), (length, *_) = settings.open_tasks().values(), settings.lengths
+    (task, *_), (length, *_) = open_tasks(settings).values(), settings.lengths
     row = task.row(settings.index, settings.context_length(length))
     print(f"{task.name} {length}, {settings.split} sample {settings.index}: {row.num_tokens:,} tokens\n")
     print(highlight(row, full=settings.full, colour=sys.stdout.isatty()))

@@ -12,123 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import lrmt
-from lrmt.adapters.backbone import open_tokenizer
-from lrmt.errors import UsageError, suggest
-from lrmt.files import digest, replacing, to_json, write_whole
+from lrmt.data.samples import open_tasks
+from lrmt.data.settings import FORMATS, BuildSettings
+from lrmt.errors import UsageError
+from lrmt.files import digest, replacing, to_json, told_as, write_whole
 from lrmt.lengths import parse_tokens, spell_length
 from lrmt.progress import progress
-from lrmt.tasks.background import open_background
 from lrmt.tasks.cache import fingerprint_tokenizer
 from lrmt.tasks.haystack import HaystackTask, Row
-from lrmt.tasks.names import SPLITS
-from lrmt.tasks.registry import HAYSTACKS, build_task
 
-FORMATS = {"parquet": "parquet", "jsonl": "jsonl", "chat": "jsonl"}  # and what their files end in
 SHARD_TOKENS = 2**25  # of one file, and what one worker holds in memory
 IDENTITY = "build.json"
-TINY_TOKENIZER = Path(lrmt.__file__).parent / "assets" / "tiny-llama"
-
-
-@dataclass(frozen=True)
-class GenerationSettings:
-    """What `lrmt data` makes samples of: every field is the flag of the same name.
-
-    Raises UsageError, one line, for whatever cannot work.
-    """
-
-    task: tuple[str, ...]
-    lengths: tuple[str, ...]
-    tokenizer: str | None = None
-    babi_dir: str | None = None
-    babi_vocabulary: str | None = None
-    background_dir: str | None = None
-    background_dataset: str | None = None
-    repeat_background: bool = False
-    split: str = "test"
-    seed: int = 0
-    task_start_pct: float = 0.0
-    task_end_pct: float = 1.0
-    depth: float | None = None
-    max_n_facts: int | None = None
-    reserved_tokens: int = 300
-
-    def __post_init__(self):
-        for name in self.task:
-            if name not in HAYSTACKS:
-                known = "qa1, … qa20, niah_single, memorize, detect_memorize, reasoning"
-                raise UsageError(f"--task must be one of {known}; got {name!r}{suggest(name, HAYSTACKS)}")
-        if self.split not in SPLITS:
-            got = f"{self.split!r}{suggest(self.split, SPLITS)}"
-            raise UsageError(f"--split must be one of {', '.join(SPLITS)}; got {got}")
-        for flag in ("seed", "reserved_tokens"):
-            if getattr(self, flag) < 0:
-                raise UsageError(f"--{flag} must not be negative; got {getattr(self, flag)}")
-        for length in self.lengths:
-            self.context_length(length)
-
-    def context_length(self, length: str) -> int:
-        """Tokens of facts and background in a sample of this nominal length; 0 for facts alone."""
-        tokens = parse_tokens(length)
-        if tokens and tokens <= self.reserved_tokens:
-            raise UsageError(
-                f"--lengths {length} leaves no room beside --reserved_tokens {self.reserved_tokens}; ask for more, or "
-                "reserve less for question and answer"
-            )
-        return max(0, tokens - self.reserved_tokens)
-
-    def open_tasks(self) -> dict[str, HaystackTask]:
-        """The tasks by name, over one background that is long enough for every length."""
-        tokenizer = open_tokenizer(self.tokenizer or str(TINY_TOKENIZER))
-        longest = max(map(self.context_length, self.lengths))
-        background = open_background(
-            tokenizer,
-            background_dir=self.background_dir,
-            background_dataset=self.background_dataset,
-            split=self.split,
-            seed=self.seed,
-            longest=longest,
-            repeat=self.repeat_background,
-        )
-        options = (
-            "split",
-            "seed",
-            "babi_dir",
-            "babi_vocabulary",
-            "max_n_facts",
-            "task_start_pct",
-            "task_end_pct",
-            "depth",
-        )
-        given = {name: getattr(self, name) for name in options}
-        return {name: build_task(name, tokenizer, background=background, **given) for name in dict.fromkeys(self.task)}
-
-
-@dataclass(frozen=True)
-class BuildSettings(GenerationSettings):
-    """What `lrmt data build` is asked to do."""
-
-    output_dir: str = ""
-    num_samples: int = 100
-    format: str = "parquet"
-    question_position: str = "last"
-    num_workers: int = 1
-
-    def __post_init__(self):
-        super().__post_init__()
-        for flag in ("num_samples", "num_workers"):
-            if getattr(self, flag) < 1:
-                raise UsageError(f"--{flag} must be at least 1; got {getattr(self, flag)}")
-        if self.format not in FORMATS:
-            got = f"{self.format!r}{suggest(self.format, FORMATS)}"
-            raise UsageError(f"--format must be one of {', '.join(FORMATS)}; got {got}")
-        if self.question_position not in CHATS:
-            got = f"{self.question_position!r}{suggest(self.question_position, CHATS)}"
-            raise UsageError(f"--question_position must be one of {', '.join(CHATS)}; got {got}")
-        if self.question_position != "last" and self.format != "chat":
-            raise UsageError(
-                f"--question_position {self.question_position} is of --format chat; rows of --format {self.format} keep the "
-                "question apart from the input. Leave it out"
-            )
 
 
 @dataclass(frozen=True)
@@ -150,20 +44,21 @@ def build(settings: BuildSettings) -> list[Path]:
     """
     folder = Path(settings.output_dir)
     check_folder(folder)
-    tasks = settings.open_tasks()
+    tasks = open_tasks(settings)
     identity = _identify(settings, next(iter(tasks.values())))
     _check_identity(folder, identity)
     shards = list(_divide(settings, tasks))
     for length in settings.lengths:
         for task in tasks.values():
             task.row(0, settings.context_length(length))  # what does not fit is refused here
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / IDENTITY, to_json(identity))
-    missing = sorted((s for s in shards if not s.path.exists()), key=lambda s: -parse_tokens(s.length))
-    with progress(sum(s.last - s.first for s in missing), "sample") as bar:
-        for shard in _run(settings, tasks, missing):
-            bar.update(shard.last - shard.first)
-    write_whole(folder / "README.md", _card(folder, identity))
+    with told_as("--output_dir", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / IDENTITY, to_json(identity))
+        missing = sorted((s for s in shards if not s.path.exists()), key=lambda s: -parse_tokens(s.length))
+        with progress(sum(s.last - s.first for s in missing), "sample") as bar:
+            for shard in _run(settings, tasks, missing):
+                bar.update(shard.last - shard.first)
+        write_whole(folder / "README.md", _card(folder, identity))
     return [shard.path for shard in shards]
 
 
@@ -205,7 +100,7 @@ def _run(settings: BuildSettings, tasks: dict[str, HaystackTask], shards: list[S
 def _start_worker(settings: BuildSettings, tasks: dict[str, HaystackTask] | None) -> None:
     global _settings, _tasks
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # what is being written is finished, and nothing more begun
-    _settings, _tasks = settings, tasks or settings.open_tasks()
+    _settings, _tasks = settings, tasks or open_tasks(settings)
 
 
 def _work(shard: Shard) -> Shard:
@@ -253,11 +148,14 @@ def chat(row: Row, question_position: str = "last") -> list[dict]:
 
 
 def check_folder(folder: Path) -> None:
-    """Raises UsageError unless the folder is new, empty or of an earlier build."""
+    """Raises UsageError unless the folder can be written, and is new, empty or of an earlier build."""
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output_dir must be a folder; {folder} is a file")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / IDENTITY).is_file():
         raise UsageError(f"--output_dir {folder} is not empty and holds no build; name another folder")
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+    if not os.path.isdir(there) or not os.access(there, os.W_OK | os.X_OK):
+        raise UsageError(f"--output_dir {folder} cannot be written, for {there} cannot; name another folder")
 
 
 def _check_identity(folder: Path, identity: dict) -> None:
@@ -265,7 +163,7 @@ def _check_identity(folder: Path, identity: dict) -> None:
     if not (folder / IDENTITY).is_file():
         return
     try:
-        there = json.loads((folder / IDENTITY).read_text())
+        there = json.loads((folder / IDENTITY).read_text(encoding="utf-8"))
     except ValueError:
         raise UsageError(f"--output_dir {folder}: {IDENTITY} is no JSON; name another folder") from None
     other = [name for name in identity if there.get(name) != identity[name]]
@@ -280,8 +178,8 @@ def _identify(settings: BuildSettings, task: HaystackTask) -> dict:
     kept = {k: v for k, v in dataclasses.asdict(settings).items() if k not in left_out}
     return kept | {
         "babi_dir": settings.babi_dir
-        and digest(*(p.read_text() for p in sorted(Path(settings.babi_dir).glob("*.txt")))),
-        "babi_vocabulary": settings.babi_vocabulary and digest(Path(settings.babi_vocabulary).read_text()),
+        and digest(*(p.read_bytes() for p in sorted(Path(settings.babi_dir).glob("*.txt")))),
+        "babi_vocabulary": settings.babi_vocabulary and digest(Path(settings.babi_vocabulary).read_bytes()),
         "background": task.background.fingerprint,
         "tokenizer": fingerprint_tokenizer(task.pieces.tokenizer),
         "version": lrmt.__version__,

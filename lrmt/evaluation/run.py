@@ -23,8 +23,9 @@ from lrmt.progress import progress
 from lrmt.tasks.background import Background, open_background
 from lrmt.tasks.base import Example
 from lrmt.tasks.dataset import DatasetTask, StoredTask
-from lrmt.tasks.names import LABELS, TASK_LABELS
-from lrmt.tasks.registry import HAYSTACKS, build_task
+from lrmt.tasks.names import HAYSTACKS, LABELS, TASK_LABELS
+from lrmt.tasks.options import TaskOptions
+from lrmt.tasks.registry import build_task
 
 PREDICTIONS = "babilong_evals"  # folder of the answers
 
@@ -281,17 +282,10 @@ def load_on_device(settings):
 
 def build_background(settings: EvaluationSettings, tokenizer, longest: int) -> Background | None:
     """What hides the facts in all tasks; None where none has any. UsageError where it is too short for `longest` tokens."""
-    if settings.dataset_name or not HAYSTACKS.keys() & set(settings.task):
+    if settings.dataset_name or not set(HAYSTACKS) & set(settings.task):
         return None
-    return open_background(
-        tokenizer,
-        background_dir=settings.background_dir,
-        background_dataset=settings.background_dataset,
-        split=settings.split,
-        seed=settings.seed,
-        longest=longest,
-        repeat=settings.repeat_background,
-    )
+    options = TaskOptions.of(settings)
+    return open_background(tokenizer, options, split=settings.split, seed=settings.seed, longest=longest)
 
 
 def build_tasks(
@@ -303,26 +297,12 @@ def build_tasks(
 ) -> dict:
     """The tasks by name."""
     common = {"split": settings.split, "seed": settings.seed, "segment_length": segment_length}
+    options = TaskOptions.of(settings, depth=depth)
     if settings.dataset_name and settings.task:
         stored = dict.fromkeys(settings.task)
-        return {name: StoredTask(name, tokenizer, settings.dataset_name, settings.lengths, **common) for name in stored}
+        return {name: StoredTask(name, tokenizer, options, settings.lengths, **common) for name in stored}
     return {
-        name: build_task(
-            name,
-            tokenizer,
-            **common,
-            babi_dir=settings.babi_dir,
-            babi_vocabulary=settings.babi_vocabulary,
-            background=background,
-            dataset_path=settings.dataset_name,
-            dataset_config=settings.dataset_config,
-            dataset_split=settings.dataset_split,
-            num_digits=settings.num_digits,
-            passkey_wording=settings.passkey_wording,
-            question_position=settings.question_position,
-            max_n_facts=settings.max_n_facts,
-            depth=depth,
-        )
+        name: build_task(name, tokenizer, options, background=background, **common)
         for name in settings.task or ("dataset",)
     }
 

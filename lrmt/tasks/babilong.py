@@ -6,11 +6,13 @@ from pathlib import Path
 import numpy as np
 
 from lrmt.errors import UsageError
+from lrmt.files import listing
 from lrmt.tasks import babi
 from lrmt.tasks.background import Background
 from lrmt.tasks.base import derive_seed, epoch_order, hold_out
 from lrmt.tasks.haystack import HaystackTask
-from lrmt.tasks.names import TASK_LABELS
+from lrmt.tasks.names import TASK_LABELS, is_answer
+from lrmt.tasks.options import TaskOptions
 
 _MAX_STORIES = 10_000  # simulated stories tried before a length counts as too short
 
@@ -24,7 +26,7 @@ class BabilongTask(HaystackTask):
     that fits. Test is qaN_test.txt; in a folder without it qaN_valid.txt is, and validation is then the last tenth of
     qaN_train.txt, which training leaves out: what selects a model is never what is reported. Without `babi_dir` each
     index simulates its own story, with the words of the file `babi_vocabulary` if one is given.
-    Raises UsageError for bad options, missing files, an answer that is no label of the task, or a question and answer
+    Raises UsageError for missing files, an answer that is no label of the task, or a question and answer
     longer than `segment_length`.
     """
 
@@ -33,23 +35,15 @@ class BabilongTask(HaystackTask):
         name: str,
         tokenizer,
         background: Background,
-        *,
-        babi_dir: str | Path | None = None,
-        babi_vocabulary: str | Path | None = None,
-        max_n_facts: int | None = None,
-        **options,
+        options: TaskOptions,
+        **kwargs,
     ):
-        super().__init__(name, tokenizer, background, **options)
-        if max_n_facts is not None and max_n_facts < 1:
-            raise UsageError(f"--max_n_facts must be 1 or more, or left out; got {max_n_facts}")
+        super().__init__(name, tokenizer, background, options, **kwargs)
+        babi_dir, max_n_facts = options.babi_dir, options.max_n_facts
         self.max_n_facts = max_n_facts
         self._fitting: dict[tuple[int, bool], np.ndarray] = {}  # length, whole -> indices of the samples that fit
-        if babi_dir is not None and babi_vocabulary is not None:
-            raise UsageError(
-                f"--babi_vocabulary is of simulated stories, and --babi_dir has its own; got {babi_vocabulary} and {babi_dir}. "
-                "Leave one out"
-            )
-        self.vocabulary = None if babi_vocabulary is None else babi.Vocabulary.load(babi_vocabulary)
+        words = options.babi_vocabulary
+        self.vocabulary = None if words is None else babi.Vocabulary.load(words)
         if babi_dir is None:
             self.samples = None
             answers = babi.answers(name, self.vocabulary)
@@ -112,14 +106,13 @@ def _read_split(folder: Path, name: str, split: str) -> list[babi.BabiSample]:
 
 
 def _read(path: Path, name: str) -> list[babi.BabiSample]:
-    """The samples of a file, every answer a label of the task or a list of them."""
-    samples, labels = babi.read(path), TASK_LABELS[name]
+    """The samples of a file, every answer a label of the task or, of qa8, a list of them."""
+    samples = babi.read(path)
     for sample in samples:
-        answer = sample.answer.lower()
-        if answer not in labels and not set(answer.split(",")) <= set(labels):
+        if not is_answer(sample.answer, name):
             raise UsageError(
                 f"{path} answers {sample.question.strip()!r} with {sample.answer!r}, which is no label of {name} "
-                f"({', '.join(labels)}); is it the file of another task?"
+                f"({', '.join(TASK_LABELS[name])}); is it the file of another task?"
             )
     return samples
 
@@ -133,5 +126,4 @@ def _find_file(folder: Path, name: str, suffix: str, required: bool = False) -> 
         return None
     if not folder.is_dir():
         raise UsageError(f"--babi_dir {folder} is not a folder; give the one with the bAbI text files")
-    there = ", ".join(sorted(p.name for p in folder.iterdir())[:12]) or "nothing"
-    raise UsageError(f"--babi_dir {folder} has no {name}_{suffix}.txt; it holds: {there}")
+    raise UsageError(f"--babi_dir {folder} has no {name}_{suffix}.txt; it holds: {listing(folder, limit=12)}")

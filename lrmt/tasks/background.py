@@ -14,12 +14,16 @@ from lrmt.tasks import prose
 from lrmt.tasks.base import Pieces, derive_seed
 from lrmt.tasks.cache import Arrays, cache_folder, fingerprint_tokenizer, load_or_make
 from lrmt.tasks.documents import read_documents, split_sentences, stream_share, text_files
+from lrmt.tasks.options import TaskOptions
 
 MIN_SENTENCE_TOKENS = 10
+MIN_SENTENCES = 2  # or facts stand before or behind it all
 MAX_DATASET_TOKENS = 2**24  # read of a data set, which may be larger than any disk
-_CACHE_VERSION = "2"  # raise it whenever splitting or the stored arrays change
+_CACHE_VERSION = "3"  # raise it whenever splitting or the stored arrays change
 _BATCH = 4096  # sentences tokenised at once, in parallel
 _CUTS_TRIED = 16  # sentences searched for a beginning of the wanted number of tokens
+_ENDS_TRIED = 100  # of such a beginning, the likeliest first
+_GIVEN_UP = 4  # sentences left out where none has one
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ class Background:
     def _open(
         self, tokenizer, cache_dir, key: str, books: Iterable[str], what: str, num_tokens: int | None = None
     ) -> None:
-        sentences = (split_sentences(text.encode("utf-8", "replace").decode()) for text in books)
+        sentences = map(split_sentences, books)
         arrays = _load_or_tokenise(tokenizer, cache_dir, key, sentences, num_tokens)
         self._set(arrays, Pieces(tokenizer), key, what)
 
@@ -139,31 +143,56 @@ class Background:
         return runs, -num_tokens
 
     def _shorten(self, runs: list[tuple[int, int]], surplus: int) -> tuple[list[tuple[int, int]], bytes]:
-        """Leave out the last sentences; what is then missing is the beginning of one."""
-        missing, tail = -surplus, None
-        while tail is None:
-            first, stop = runs.pop()
-            missing += int(self.offsets[stop] - self.offsets[stop - 1])
-            runs += [(first, stop - 1)] if first < stop - 1 else []
-            tail = self._begin(stop - 1, missing)
-            if tail is None and not runs:
-                raise UsageError(
-                    f"no beginning of a sentence of {self.what} has {missing} tokens; give a greater length"
-                )
+        """Leave out the last sentences; what is then missing is the beginning of one, or the beginnings of several."""
+        missing, tail, sentence = -surplus, None, 0
+        for _ in range(_GIVEN_UP):
+            if tail is None and runs:
+                first, stop = runs.pop()
+                sentence = stop - 1
+                missing += int(self.offsets[stop] - self.offsets[sentence])
+                runs += [(first, sentence)] if first < sentence else []
+                tail = self._begin(sentence, missing)
+        tail = tail or self._begin_several(sentence, missing)
+        if tail is None:
+            raise UsageError(f"no beginning of a sentence of {self.what} has {missing} tokens; give a greater length")
         return runs, tail
 
     def _begin(self, sentence: int, num_tokens: int) -> bytes | None:
         """The beginning of exactly `num_tokens` of a sentence or of a following one, in UTF-8 after a space."""
         for number in range(sentence, sentence + _CUTS_TRIED):
-            number %= len(self.offsets) - 1
-            length = int(self.offsets[number + 1] - self.offsets[number])
-            text = bytes(self.text[self.text_offsets[number] : self.text_offsets[number + 1]]).decode().strip()
+            text, length = self._read(number)
             likely = len(text) * num_tokens / length
             ends = range(1, len(text) + 1) if num_tokens <= length else ()
-            for end in sorted(ends, key=lambda end: abs(end - likely)):
+            for end in sorted(ends, key=lambda end: abs(end - likely))[:_ENDS_TRIED]:
                 if not text[end - 1].isspace() and len(self.pieces.encode([text[:end]])[0]) == num_tokens:
                     return f" {text[:end]}".encode()
         return None
+
+    def _begin_several(self, sentence: int, num_tokens: int) -> bytes | None:
+        """Beginnings of this and the next sentences that have `num_tokens` together, each after a space.
+
+        Where every letter takes three tokens, say, those of one sentence alone never have some numbers of them.
+        """
+        found = {0: b""}  # tokens -> text
+        for number in range(sentence, sentence + _CUTS_TRIED):
+            text, _ = self._read(number)
+            beginnings = [text[:end] for end in range(1, len(text) + 1) if not text[end - 1].isspace()]
+            counts = dict(zip(map(len, self.pieces.encode(beginnings)), beginnings, strict=True))
+            found = {
+                have + more: said + f" {beginning}".encode()
+                for have, said in found.items()
+                for more, beginning in counts.items()
+                if have + more <= num_tokens
+            }
+            if num_tokens in found:
+                return found[num_tokens]
+        return None
+
+    def _read(self, number: int) -> tuple[str, int]:
+        """A sentence, counted on from the first after the last one, and its tokens."""
+        number %= len(self.offsets) - 1
+        text = bytes(self.text[self.text_offsets[number] : self.text_offsets[number + 1]]).decode().strip()
+        return text, int(self.offsets[number + 1] - self.offsets[number])
 
 
 class ProceduralProse(Background):
@@ -197,34 +226,24 @@ class ProceduralProse(Background):
 
 
 def open_background(
-    tokenizer,
-    *,
-    background_dir: str | Path | Sequence[str | Path] | None = None,
-    background_dataset: str | None = None,
-    split: str = "train",
-    seed: int = 0,
-    longest: int = 0,
-    repeat: bool = True,
+    tokenizer, options: TaskOptions, *, split: str = "train", seed: int = 0, longest: int = 0
 ) -> Background:
     """Books of files or of a data set, or built-in prose; texts of one split never occur in another's, but for files.
 
-    A data set is read until there are `longest` tokens. Raises UsageError when both are named, and unless books may `repeat`
-    where they are shorter than that.
+    A data set is read until there are `longest` tokens. Raises UsageError where there are fewer, unless `repeat_background`,
+    and where there is no place between sentences.
     """
-    if background_dir is not None and background_dataset is not None:
-        raise UsageError(
-            "--background_dir and --background_dataset exclude each other; "
-            f"got {background_dir} and {background_dataset}. Name one"
-        )
-    if background_dataset is not None:
+    if options.background_dataset is not None:
         enough = max(MAX_DATASET_TOKENS, longest)
-        background = Background.from_dataset(background_dataset, tokenizer, split=split, num_tokens=enough)
-    elif background_dir is not None:
-        background = Background(background_dir, tokenizer)
+        background = Background.from_dataset(options.background_dataset, tokenizer, split=split, num_tokens=enough)
+    elif options.background_dir is not None:
+        background = Background(options.background_dir, tokenizer)
     else:
         background = ProceduralProse(tokenizer, seed=f"{seed}/{split}")
-    if not repeat:
+    if not options.repeat_background:
         background.reserve(longest)
+    if len(background.offsets) <= MIN_SENTENCES:
+        raise UsageError(f"{background.what} is one sentence, and facts stand between sentences; give longer prose")
     return background
 
 

@@ -85,13 +85,24 @@ class Pieces:
         """Ids int64 of many pieces at once, not cached."""
         if not texts:
             return []
-        texts = [self.prefix + text.strip() for text in texts]
-        encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        return [np.array(ids, dtype=np.int64) for ids in encoded["input_ids"]]
+        encoded = encode_plain(self.tokenizer, [self.prefix + text.strip() for text in texts])
+        return [np.array(ids, dtype=np.int64) for ids in encoded]
 
     def answer(self, text: str) -> np.ndarray:
         """Ids int64 [A] of an answer, EOS last."""
         return np.append(self(text), self.tokenizer.eos_token_id)
+
+    def said(self, text: str) -> str:
+        """What is read of a text that a model says to the letter: tokenizers may normalise it, or know no such letter."""
+        return self.tokenizer.decode(self(text), skip_special_tokens=True).strip()
+
+
+def encode_plain(tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """Ids of texts as they are: what spells a special token in them is text."""
+    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    if type(tokenizer).__name__ != "MistralCommonBackend":  # which knows no other way, and refuses to be told
+        options["split_special_tokens"] = True
+    return tokenizer(texts, **options)["input_ids"]
 
 
 def join(pieces: Iterable[np.ndarray]) -> np.ndarray:

@@ -48,7 +48,7 @@ def load_or_make(folder: Path, tokenizer: str, make: Callable[[], Arrays], valid
 
 def _load(folder: Path, tokenizer: str, valid) -> Arrays | None:
     try:
-        meta = json.loads((folder / "meta.json").read_text())
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         arrays = {name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in meta["arrays"]}
         written_by = meta["tokenizer"]
     except (OSError, ValueError, KeyError, TypeError, EOFError):  # absent or damaged: made again
@@ -65,7 +65,8 @@ def _save(folder: Path, tokenizer: str, arrays: Arrays, valid) -> None:
     try:
         for name, array in arrays.items():
             np.save(temporary / f"{name}.npy", array)
-        (temporary / "meta.json").write_text(json.dumps({"tokenizer": tokenizer, "arrays": list(arrays)}))
+        meta = json.dumps({"tokenizer": tokenizer, "arrays": list(arrays)})
+        (temporary / "meta.json").write_text(meta, encoding="utf-8")
         if folder.exists() and _load(folder, tokenizer, valid) is None:
             shutil.rmtree(folder)
         if not folder.exists():  # or another process was faster

@@ -8,9 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from lrmt.errors import UsageError, one_line
+from lrmt.files import listing, read_text
 from lrmt.lengths import parse_tokens, spell_length
 from lrmt.tasks.base import Example, Pieces, Task, check_segment, epoch_order, hold_out, join
 from lrmt.tasks.names import LABELS, is_answer
+from lrmt.tasks.options import TaskOptions
 
 COLUMNS = ("input", "question", "target")  # the public BABILong schema
 CARD = "README.md"  # which says what is in a folder
@@ -22,7 +24,7 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 class DatasetTask(Task):
     """Stored rows, each of its own length.
 
-    `dataset_path` is a .jsonl or .parquet file; or a Hub dataset id, or a folder, with a card as `lrmt data build` writes it
+    `dataset_name` is a .jsonl or .parquet file; or a Hub dataset id, or a folder, with a card as `lrmt data build` writes it
     or of files named after both, with `dataset_config` and `dataset_split`. Train leaves out the last tenth of the rows,
     which is validation; test is all of them. Train shuffles each epoch, other splits keep the order of the rows.
 
@@ -36,53 +38,56 @@ class DatasetTask(Task):
     def __init__(
         self,
         tokenizer,
-        dataset_path: str | Path | None,
+        options: TaskOptions,
         *,
         split: str = "train",
         seed: int = 0,
         segment_length: int | None = None,
-        dataset_config: str | None = None,
-        dataset_split: str | None = None,
     ):
-        if not dataset_path:
+        if not options.dataset_name:
             raise UsageError("task dataset needs --dataset_name: a .jsonl or .parquet file, or a Hub dataset id")
-        source = str(dataset_path)
+        source, config = str(options.dataset_name), options.dataset_config
         path = Path(source).expanduser()
         if looks_local(source) and not (path / CARD).is_file():
-            files = find_files(path, dataset_split, dataset_config) if dataset_config and path.is_dir() else []
+            files = find_files(path, options.dataset_split, config) if config and path.is_dir() else []
             kind = "parquet" if files and files[0].endswith(".parquet") else "json"
             rows = _load(kind, None, "train", data_files=files) if files else _read_file(path)
         else:
-            dataset_split = dataset_split or ("test" if split == "test" else "train")
-            rows = _load(str(path) if path.is_dir() else source, dataset_config, dataset_split)
-        rows = list(rows)
+            wanted = options.dataset_split or ("test" if split == "test" else "train")
+            rows = _load(str(path) if path.is_dir() else source, config, wanted)
         if split != "test" and len(rows) > 1:
             rows = hold_out(rows, split)
-        self.inputs, self.questions, self.targets = ([] for _ in COLUMNS)
-        for number, row in enumerate(rows, start=1):
-            for column, values in zip(COLUMNS, (self.inputs, self.questions, self.targets), strict=True):
-                values.append(_text_of(row, column, f"{source} row {number}"))
-        if not self.inputs:
+        if not rows:
             raise UsageError(f"{source} has no rows; give at least one with {', '.join(COLUMNS)}")
+        self.numbers = [number for number, _ in rows]  # of the file
+        texts = [[_text_of(row, column, f"{source} row {number}") for column in COLUMNS] for number, row in rows]
+        self.inputs, self.questions, self.targets = map(list, zip(*texts, strict=True))
         self.split, self.seed, self.pieces, self.segment_length = split, seed, Pieces(tokenizer), segment_length
         self._buckets: dict[int, list[int]] = {}  # number of segments -> rows
         self.max_new_tokens = 0
         encoded = zip(self.pieces.encode(self.questions), self.pieces.encode(self.targets), strict=True)
-        for number, (question, target) in enumerate(encoded, start=1):
+        for number, text, (question, target) in zip(self.numbers, self.targets, encoded, strict=True):
             answer = [*target, tokenizer.eos_token_id]
             check_segment(question, answer, segment_length, f"{source} row {number}")
             self.max_new_tokens = max(self.max_new_tokens, len(answer))
+            if not self.pieces.said(text):
+                raise UsageError(
+                    f"{source} row {number}: the tokenizer has no tokens for target {text!r}; remove the row"
+                )
 
     def num_examples(self, length: int) -> int:
         return len(self._rows(length))
 
     def example(self, index: int, length: int = 0) -> Example:
-        rows = self._rows(length)
-        place = epoch_order(len(rows), index, self.seed, self.name) if self.split == "train" else index % len(rows)
-        row = rows[place]
+        row = self.choose(index, length)
         context, question = self.pieces.encode([self.inputs[row], self.questions[row]])
-        question_text, target = self.questions[row].strip(), self.targets[row].strip()
-        return Example(join([context, question]), self.pieces.answer(target), question_text, target, self.name)
+        answer, target = self.pieces.answer(self.targets[row]), self.pieces.said(self.targets[row])
+        return Example(join([context, question]), answer, self.questions[row].strip(), target, self.name)
+
+    def choose(self, index: int, length: int = 0) -> int:
+        """The row that `index` meets."""
+        rows = self._rows(length)
+        return rows[epoch_order(len(rows), index, self.seed, self.name) if self.split == "train" else index % len(rows)]
 
     def _rows(self, length: int) -> Sequence[int]:
         if not length or not self.segment_length:
@@ -105,20 +110,19 @@ class StoredTask(Task):
     Raises UsageError for anything missing, and for a target that can be no answer of the task.
     """
 
-    def __init__(self, name: str, tokenizer, dataset_path: str | Path, lengths: Iterable[str], **options):
-        self.name, self._tokenizer = name, tokenizer
-        self._path, self._options = dataset_path, options
+    def __init__(self, name: str, tokenizer, options: TaskOptions, lengths: Iterable[str], **kwargs):
+        self.name, self._tokenizer, self._options, self._kwargs = name, tokenizer, options, kwargs
         self._lengths = {parse_tokens(length): spell_length(length) for length in lengths}
         self._opened: tuple[int, DatasetTask] | None = None
         self._sizes, self.max_new_tokens = {}, 0
         for tokens, length in self._lengths.items():
             rows = self._open(tokens)
-            for number, target in enumerate(rows.targets, start=1):
+            for number, target in zip(rows.numbers, rows.targets, strict=True):
                 if not (is_answer(target.strip(), name) if name in LABELS else re.fullmatch(r"\s*\d+\s*", target)):
                     wanted = ", ".join(LABELS[name]) if name in LABELS else "a number"
                     raise UsageError(
-                        f"--dataset_name {dataset_path} --task {name} --lengths {length} row {number}: target {target!r} is no "
-                        f"answer of {name} ({wanted}); leave out --task and --lengths for rows of your own"
+                        f"--dataset_name {options.dataset_name} --task {name} --lengths {length} row {number}: target {target!r} "
+                        f"is no answer of {name} ({wanted}); leave out --task and --lengths for rows of your own"
                     )
             self._sizes[tokens] = rows.num_examples(0)
             self.max_new_tokens = max(self.max_new_tokens, rows.max_new_tokens)
@@ -127,13 +131,15 @@ class StoredTask(Task):
         return self._sizes[length]
 
     def example(self, index: int, length: int) -> Example:
-        return replace(self._open(length).example(index), task=self.name)
+        rows = self._open(length)
+        target = rows.targets[rows.choose(index)].strip()  # a label, whatever the tokenizer makes of it
+        return replace(rows.example(index), task=self.name, target=target)
 
     def _open(self, length: int) -> DatasetTask:
         if self._opened is None or self._opened[0] != length:
             self._opened = None  # before the next is read
-            name = {"dataset_config": self._lengths[length], "dataset_split": self.name}
-            self._opened = length, DatasetTask(self._tokenizer, self._path, **name, **self._options)
+            options = replace(self._options, dataset_config=self._lengths[length], dataset_split=self.name)
+            self._opened = length, DatasetTask(self._tokenizer, options, **self._kwargs)
         return self._opened[1]
 
 
@@ -160,12 +166,12 @@ def looks_local(source: str) -> bool:
     )
 
 
-def _read_file(path: Path) -> list[dict]:
+def _read_file(path: Path) -> list[tuple[int, dict]]:
+    """The rows of a .jsonl or .parquet file, each after its number."""
     if not path.is_file():
         folder = path if path.is_dir() else path.parent
-        there = ", ".join(sorted(p.name for p in folder.iterdir())[:12]) if folder.is_dir() else ""
         fact = "is a folder" if path.is_dir() else "does not exist"
-        raise UsageError(f"--dataset_name {path} {fact}; {folder} holds: {there or 'nothing'}")
+        raise UsageError(f"--dataset_name {path} {fact}; {folder} holds: {listing(folder, limit=12)}")
     if path.suffix.lower() not in _FILE_SUFFIXES:
         raise UsageError(f"--dataset_name {path} is neither .jsonl nor .parquet; convert it to one of them")
     if path.suffix.lower() == ".parquet":
@@ -173,37 +179,46 @@ def _read_file(path: Path) -> list[dict]:
         import pyarrow.parquet as pq
 
         try:
-            return pq.read_table(path).to_pylist()
-        except (pa.ArrowException, OSError) as error:
+            return list(enumerate(pq.read_table(path).to_pylist(), start=1))
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise UsageError(f"--dataset_name {path} is no readable parquet file: {one_line(error)}") from error
     return read_jsonl(path, "--dataset_name", COLUMNS)
 
 
-def read_jsonl(path: Path, flag: str, columns: Sequence[str]) -> list[dict]:
-    """The rows of a JSONL file, blank lines skipped; `flag` and `columns` are what errors name."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: JSON strings may hold U+2028
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{flag} {path} is not UTF-8 text: {one_line(error)}") from error
+def read_jsonl(path: Path, flag: str, columns: Sequence[str]) -> list[tuple[int, dict]]:
+    """The rows of a JSONL file, each after the number of its line; `flag` and `columns` are what errors name."""
     rows = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(read_text(path, flag).split("\n"), start=1):  # JSON strings may hold U+2028
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UsageError(f"{path}:{number} is not JSON ({error.msg}); give one object per line") from error
+        except (ValueError, RecursionError) as error:
+            fact = getattr(error, "msg", one_line(error))
+            raise UsageError(f"{path}:{number} is not JSON ({fact}); give one object per line") from error
         if not isinstance(row, dict):
             raise UsageError(f"{path}:{number} is no JSON object; give {{{', '.join(columns)}}} on each line")
-        rows.append(row)
+        rows.append((number, row))
     return rows
 
 
-def _load(name: str, config: str | None, split: str, **options):
+def check_characters(text: str, where: str) -> str:
+    """The text; UsageError for half a character, which JSON can spell (a lone surrogate) and no tokenizer reads."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"{where} has half a character, {text[error.start]!r}, as its letter {error.start + 1}; write both halves or none"
+        ) from None
+    return text
+
+
+def _load(name: str, config: str | None, split: str, **options) -> list[tuple[int, dict]]:
+    """The rows that `datasets` reads, each after its number."""
     import datasets
 
     try:
-        return datasets.load_dataset(name, config, split=split, **options)
+        return list(enumerate(datasets.load_dataset(name, config, split=split, **options), start=1))
     except Exception as error:  # the Hub client raises many kinds; the user needs one line
         at = f"--dataset_name {name}" + (f" --dataset_config {config}" if config else "") + f" --dataset_split {split}"
         raise UsageError(f"cannot load {at}: {one_line(error)}") from error
@@ -215,4 +230,4 @@ def _text_of(row: dict, column: str, where: str) -> str:
     value = row[column]
     if not isinstance(value, str) or not value.strip():
         raise UsageError(f"{where} has no text in {column!r} (got {value!r}); fill it in or remove the row")
-    return value
+    return check_characters(value, f"{where}, {column!r},")

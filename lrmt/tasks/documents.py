@@ -1,12 +1,13 @@
 """Documents of plain text: from .txt and .jsonl files, or streamed from a data set."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from lrmt.errors import UsageError, one_line
-from lrmt.tasks.dataset import read_jsonl
+from lrmt.files import listing, read_text
+from lrmt.tasks.dataset import check_characters, read_jsonl
 
 COLUMN = "text"
 _SHARES = {1: "test", 2: "validation"}  # of every ten documents; the others are train
@@ -20,24 +21,22 @@ def text_files(paths: Sequence[str | Path], flag: str = "--background_dir") -> l
         if path.is_dir():
             found = sorted(path.rglob("*.txt"))
             if not found:
-                there = ", ".join(sorted(p.name for p in path.iterdir())[:10]) or "nothing"
-                raise UsageError(f"{flag} {path} has no .txt file; it holds: {there}")
+                raise UsageError(f"{flag} {path} has no .txt file; it holds: {listing(path)}")
             files.extend(found)
         elif path.is_file():
             files.append(path)
         else:
-            there = ", ".join(sorted(p.name for p in path.parent.iterdir())[:10]) if path.parent.is_dir() else "nothing"
-            raise UsageError(f"{flag} {path} does not exist; {path.parent} holds: {there}")
+            raise UsageError(f"{flag} {path} does not exist; {path.parent} holds: {listing(path.parent)}")
     return files
 
 
 def read_documents(file: Path, flag: str) -> Iterator[str]:
     """The documents of a file: a .txt is one, a line of a .jsonl another."""
     if file.suffix.lower() == ".jsonl":
-        for number, row in enumerate(read_jsonl(file, flag, (COLUMN,)), start=1):
+        for number, row in read_jsonl(file, flag, (COLUMN,)):
             yield _text_of(row, f"{flag} {file} row {number}")
     else:
-        yield strip_gutenberg(file.read_text(encoding="utf-8-sig", errors="replace")).strip()
+        yield strip_gutenberg(read_text(file, flag)).strip()
 
 
 def stream_documents(name: str, config: str | None, split: str, flag: str) -> Iterator[str]:
@@ -99,7 +98,7 @@ def _text_of(row: dict, where: str) -> str:
         raise UsageError(f"{where} has no column {COLUMN!r}; found: {', '.join(row) or 'none'}")
     if not isinstance(row[COLUMN], str):
         raise UsageError(f"{where} has no text in {COLUMN!r} (got {row[COLUMN]!r}); give a string")
-    return row[COLUMN].strip()
+    return check_characters(row[COLUMN], f"{where}, {COLUMN!r},").removeprefix("\ufeff").strip()
 
 
 _START = re.compile(r"^\*\*\*\s?START OF TH(?:E|IS) PROJECT GUTENBERG EBOOK.*$", re.MULTILINE | re.IGNORECASE)
@@ -114,24 +113,68 @@ def strip_gutenberg(text: str) -> str:
     return text[begin : end.start() if end else len(text)]
 
 
-_STOP = re.compile(r"(\S*?)([.!?]+[\"'”’)\]_]*)\s+(?=[\"'“‘(\[_—]*[A-Z0-9])")
+LONGEST_SENTENCE = 3000  # characters; novels have none so long
+_PIECE = 400  # characters of what is cut, where nothing tells sentences
+_FEW = 0.01  # share of letters beyond ASCII; names and quotations in English have fewer
+_BEYOND_ASCII = re.compile(r"[^\W\d_\x00-\x7f]")
+_LINE_OF_HAN = re.compile(r"(?<=[\u3000-\u9fff\uff00-\uffef])[^\S\n]*\n[^\S\n]*(?=[\u3000-\u9fff\uff00-\uffef])")
+_OPENING, _CLOSING = r"\"'“‘(\[_—«„¿¡「『（【《", r"\"'”’)\]_»」』）】》"
+_OWN = "。｡！？؟۔।॥։።፧།༎။។៕᠃᠉\u037e"  # stops that need neither space nor capital after them
+_STOP = re.compile(
+    rf"(?<![.!?])(?P<latin>[.!?]+[{_CLOSING}]*)\s+(?=[{_OPENING}]*(?P<next>[^\W_]))|[{_OWN}][{_OWN}.!?]*[{_CLOSING}]*\s*"
+)
+_ANY_STOP = re.compile(rf"(?<![.!?])(?P<latin>[.!?]+[{_CLOSING}]*)\s+")
+_PAUSE = re.compile(r"[,;:—،؛]\s|[、，；：]")
 _ABBREVIATION = re.compile(
     r"(?:^|[^A-Za-z])(?:[A-Z]|[A-Za-z]\.[A-Za-z]|Mr|Mrs|Ms|Messrs|Dr|Prof|St|Ste|Rev|Hon|Sr|Jr|Capt|Col|Gen|Lieut|Lt"
     r"|Sergt|Sgt|Maj|Gov|Mt|No|Nos|Vol|Chap|Fig|Esq|Mme|Mlle|p|pp|cf|vs|viz)$"
 )
+_ABBREVIATED = 8  # characters looked at: more than the longest abbreviation and the one before it
 
 
 def split_sentences(text: str) -> list[str]:
-    """Split prose into sentences: paragraphs at blank lines, then stops before a capital, abbreviations spared."""
+    """Split prose into sentences: paragraphs at blank lines, then stops before a capital, abbreviations spared.
+
+    Stops of other scripts end a sentence whatever follows, and letters without case are capitals. What is longer than
+    `LONGEST_SENTENCE` characters is parted at any stop before a space, and cut where it has none.
+    """
+    foreign = len(_BEYOND_ASCII.findall(text)) > _FEW * len(text)
+    if foreign:
+        text = _LINE_OF_HAN.sub("", text)  # which has no spaces
+
+    def begins(letter: str) -> bool:
+        return not letter.islower() and (foreign or letter.isascii())
+
     sentences = []
     for paragraph in re.split(r"\n\s*\n", text):
-        paragraph = " ".join(paragraph.split())
-        start = 0
-        for stop in _STOP.finditer(paragraph):
-            if stop[2].startswith(".") and len(stop[2]) == 1 and _ABBREVIATION.search(stop[1]):
+        for sentence in _part(" ".join(paragraph.split()), _STOP, begins):
+            if len(sentence) <= LONGEST_SENTENCE:
+                sentences.append(sentence)
                 continue
-            sentences.append(paragraph[start : stop.end(2)])
-            start = stop.end()
-        if start < len(paragraph):
-            sentences.append(paragraph[start:])
+            for part in _part(sentence, _ANY_STOP):
+                sentences.extend([part] if len(part) <= LONGEST_SENTENCE else _cut(part))
     return sentences
+
+
+def _part(text: str, stops: re.Pattern, begins: Callable[[str], bool] | None = None) -> Iterator[str]:
+    """The text up to each stop that is no abbreviation's, and before a letter that `begins` a sentence; then its rest."""
+    start = 0
+    for stop in stops.finditer(text):
+        if stop["latin"] and begins is not None and not begins(stop["next"]):
+            continue
+        if stop["latin"] == "." and _ABBREVIATION.search(text[max(0, stop.start() - _ABBREVIATED) : stop.start()]):
+            continue
+        yield text[start : stop.end()].rstrip()
+        start = stop.end()
+    if start < len(text):
+        yield text[start:]
+
+
+def _cut(text: str) -> Iterator[str]:
+    """Pieces of at most `_PIECE` characters, each up to its last pause, or space, unless that makes it short."""
+    while len(text) > _PIECE:
+        pauses = [pause.end() for pause in _PAUSE.finditer(text, _PIECE // 2, _PIECE)]
+        end = pauses[-1] if pauses else text.rfind(" ", _PIECE // 2, _PIECE) + 1 or _PIECE
+        yield text[:end].rstrip()
+        text = text[end:]
+    yield text

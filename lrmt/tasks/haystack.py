@@ -8,12 +8,10 @@ from itertools import chain, zip_longest
 
 import numpy as np
 
-from lrmt.errors import UsageError
 from lrmt.tasks.babi import BabiSample
 from lrmt.tasks.background import Background
 from lrmt.tasks.base import Example, Pieces, Task, check_segment, derive_rng, join, start_of_last_segment
-
-QUESTION_POSITIONS = ("last", "first", "both")
+from lrmt.tasks.options import TaskOptions
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class HaystackTask(Task):
     the question stands relative to the context; "both" repeats it.
     `early_facts_share` of the training texts have all facts before the last segment, where only memory can find them.
     `length` 0 means no background at all (the 0k setting).
-    Raises UsageError for bad options, or a question and answer longer than `segment_length`.
+    Raises UsageError for a question and answer longer than `segment_length`.
     """
 
     opening = ""  # stands before everything
@@ -56,35 +54,16 @@ class HaystackTask(Task):
         name: str,
         tokenizer,
         background: Background,
+        options: TaskOptions,
         *,
         split: str = "train",
         seed: int = 0,
         segment_length: int | None = None,
-        question_position: str = "last",
-        task_start_pct: float = 0.0,
-        task_end_pct: float = 1.0,
-        depth: float | None = None,
-        early_facts_share: float = 0.0,
     ):
-        if question_position not in QUESTION_POSITIONS:
-            raise UsageError(
-                f"--question_position must be one of {', '.join(QUESTION_POSITIONS)}; got {question_position!r}"
-            )
-        if not 0 <= task_start_pct <= task_end_pct <= 1:
-            raise UsageError(
-                "--task_start_pct and --task_end_pct must satisfy 0 <= start <= end <= 1; "
-                f"got {task_start_pct} and {task_end_pct}"
-            )
-        check_depth(depth)
-        if depth is not None and (task_start_pct, task_end_pct) != (0, 1):
-            raise UsageError(
-                f"--depth {depth} says where the first fact lies; leave out --task_start_pct {task_start_pct} and "
-                f"--task_end_pct {task_end_pct}"
-            )
         self.name, self.background, self.split, self.seed = name, background, split, seed
-        self.question_position, self.segment_length = question_position, segment_length
-        self.span, self.depth = (task_start_pct, task_end_pct), depth
-        self.early_facts_share = early_facts_share if split == "train" and segment_length else 0.0
+        self.question_position, self.segment_length = options.question_position, segment_length
+        self.span, self.depth = (options.task_start_pct, options.task_end_pct), options.depth
+        self.early_facts_share = options.early_facts_share if split == "train" and segment_length else 0.0
         self.pieces = Pieces(tokenizer)
         self.opening_ids = join([self.pieces(self.opening)] if self.opening else [])
 
@@ -175,9 +154,3 @@ class HaystackTask(Task):
         if self.depth is not None:
             chosen[0] = low
         return chosen
-
-
-def check_depth(depth: float | None) -> None:
-    """Raises UsageError for a depth that is no share."""
-    if depth is not None and not 0 <= depth <= 1:
-        raise UsageError(f"--depth must lie in [0, 1] (0 = the first fact at the top); got {depth}")

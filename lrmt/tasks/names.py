@@ -1,4 +1,4 @@
-"""Names of tasks and splits, and the answers that a task knows, which generation checks and scoring looks for."""
+"""Names of tasks, splits and choices, and the answers that a task knows, which generation checks and scoring looks for."""
 
 SPLITS = ("train", "validation", "test")
 BABI = tuple(f"qa{n}" for n in range(1, 21))
@@ -12,7 +12,12 @@ GENERATED = ("passkey", *HAYSTACKS)
 TASKS = (*GENERATED, "dataset", "text")
 
 #: for errors and help
+KNOWN_TASKS = f"passkey, qa1..qa20, dataset, text, {', '.join(NEEDLES)}"
 KNOWN_HAYSTACKS = f"qa1, … qa20, {', '.join(NEEDLES)}"
+
+#: where a question stands relative to its context
+QUESTION_POSITIONS = ("last", "first", "both")
+PASSKEY_WORDINGS = ("plain", "landmark", "longlora", "infinitebench")
 
 ROOMS = ("bathroom", "bedroom", "garden", "hallway", "kitchen", "office")
 YES_NO = ("no", "yes")

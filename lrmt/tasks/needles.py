@@ -2,14 +2,17 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from lrmt.errors import UsageError
 from lrmt.tasks import babi, prose
 from lrmt.tasks.babi import BabiSample
+from lrmt.tasks.background import Background
 from lrmt.tasks.base import derive_rng
 from lrmt.tasks.haystack import HaystackTask
+from lrmt.tasks.options import TaskOptions
 
 OPPOSITE = {"north": "south", "south": "north", "east": "west", "west": "east"}
 
@@ -43,8 +46,8 @@ class NeedleTask(SampledTask):
     )
     num_digits = 7
 
-    def __init__(self, *given, **options):
-        super().__init__(*given, **options)
+    def __init__(self, *given, **kwargs):
+        super().__init__(*given, **kwargs)
         words = (sorted(prose.WORDS[kind].split(), key=len)[-1] for kind in ("adjective", "thing"))
         self._check_segment([self.QUESTION.format(key="-".join(words))], ["9" * self.num_digits])
 
@@ -66,11 +69,13 @@ class MemoryTask(SampledTask):
     reasoning: two facts anywhere, each of which says where one room lies from another; only one of them answers.
     """
 
-    def __init__(self, name: str, *given, depth: float | None = None, **options):
-        if name == "memorize" and (depth or options.get("task_start_pct")):
-            raise UsageError("--task memorize has its fact at the top; leave out --depth, or use detect_memorize")
-        at_top = name == "memorize" and options.get("task_end_pct", 1.0) == 1.0
-        super().__init__(name, *given, depth=0.0 if at_top else depth, **options)
+    def __init__(self, name: str, tokenizer, background: Background, options: TaskOptions, **kwargs):
+        if name == "memorize":
+            if options.depth or options.task_start_pct:
+                raise UsageError("--task memorize has its fact at the top; leave out --depth, or use detect_memorize")
+            if options.task_end_pct == 1:
+                options = replace(options, depth=0.0)
+        super().__init__(name, tokenizer, background, options, **kwargs)
         rng = np.random.default_rng(0)
         self._check_segment([self.invent(rng).question for _ in range(50)], babi.ROOMS)
 

@@ -1,11 +1,15 @@
 """Every option of every task, once: its name, default and help, and the flag of the same name wherever a command offers it.
 
-A group is what belongs together; a command inherits the groups that it offers, and `TaskOptions.of` makes the whole of it.
+A group is what belongs together, and checks its values; a command inherits the groups that it offers, and `TaskOptions.of`
+makes the whole of it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+
+from lrmt.errors import UsageError, suggest
+from lrmt.tasks.names import PASSKEY_WORDINGS, QUESTION_POSITIONS
 
 
 def option(default, help: str):
@@ -13,8 +17,35 @@ def option(default, help: str):
     return field(default=default, metadata={"help": help})
 
 
+def required(help: str):
+    """One that must be given."""
+    return field(metadata={"help": help})
+
+
+def check_choice(flag: str, value: str, known) -> None:
+    """Raises UsageError for a value that is none of the `known`."""
+    if value not in known:
+        raise UsageError(f"--{flag} must be one of {', '.join(known)}; got {value!r}{suggest(str(value), known)}")
+
+
+def check_share(flag: str, value: float | None, what: str = "") -> None:
+    """Raises UsageError for a value that is no share, 0 to 1; None is none asked for."""
+    if value is not None and not 0 <= value <= 1:
+        raise UsageError(f"--{flag} must lie in [0, 1]{what}; got {value}")
+
+
 @dataclass
-class StoryOptions:
+class Options:
+    """Values that are checked when they are made: every class's own `check`, those that it inherits first."""
+
+    def __post_init__(self):
+        for group in reversed(type(self).__mro__):
+            if "check" in vars(group):
+                group.check(self)
+
+
+@dataclass
+class StoryOptions(Options):
     """bAbI's stories."""
 
     babi_dir: str | None = option(
@@ -25,9 +56,18 @@ class StoryOptions:
     )
     max_n_facts: int | None = option(None, "Leave out bAbI stories with more facts than this.")
 
+    def check(self):
+        if self.max_n_facts is not None and self.max_n_facts < 1:
+            raise UsageError(f"--max_n_facts must be 1 or more, or left out; got {self.max_n_facts}")
+        if self.babi_dir is not None and self.babi_vocabulary is not None:
+            raise UsageError(
+                "--babi_vocabulary is of simulated stories, and --babi_dir has its own; got "
+                f"{self.babi_vocabulary} and {self.babi_dir}. Leave one out"
+            )
+
 
 @dataclass
-class BackgroundOptions:
+class BackgroundOptions(Options):
     """The text that hides the facts."""
 
     background_dir: str | None = option(
@@ -41,41 +81,67 @@ class BackgroundOptions:
         "tenth of train, which training leaves out.",
     )
 
+    def check(self):
+        if self.background_dir is not None and self.background_dataset is not None:
+            raise UsageError(
+                "--background_dir and --background_dataset exclude each other; got "
+                f"{self.background_dir} and {self.background_dataset}. Name one"
+            )
+
 
 @dataclass
-class RepeatOptions:
+class RepeatOptions(Options):
     """Books that are shorter than a text. Training begins them again."""
 
     repeat_background: bool = option(False, "Begin again where the books end before a text is full.")
 
 
 @dataclass
-class QuestionOptions:
+class QuestionOptions(Options):
     """Where the question stands."""
 
     question_position: str = option("last", "Where the question stands: last, first or both.")
 
+    def check(self):
+        check_choice("question_position", self.question_position, QUESTION_POSITIONS)
+
 
 @dataclass
-class SpanOptions:
+class SpanOptions(Options):
     """Where the facts lie."""
 
     task_start_pct: float = option(0.0, "Facts lie after this share (0..1) of the background.")
     task_end_pct: float = option(1.0, "Facts lie before this share (0..1) of the background.")
     depth: float | None = option(None, "Share (0..1) of the background before the first fact; default: any.")
 
+    def check(self):
+        start, end = self.task_start_pct, self.task_end_pct
+        if not 0 <= start <= end <= 1:
+            raise UsageError(
+                f"--task_start_pct and --task_end_pct must satisfy 0 <= start <= end <= 1; got {start} and {end}"
+            )
+        check_share("depth", self.depth, " (0 = the first fact at the top)")
+        if self.depth is not None and (start, end) != (0, 1):
+            raise UsageError(
+                f"--depth {self.depth} says where the first fact lies; leave out --task_start_pct {start} and "
+                f"--task_end_pct {end}"
+            )
+
 
 @dataclass
-class EarlyOptions:
+class EarlyOptions(Options):
     """Where the facts of training texts lie."""
 
     early_facts_share: float = option(
         0.0, "Share (0..1) of training texts with all facts before the last segment: only memory finds them."
     )
 
+    def check(self):
+        check_share("early_facts_share", self.early_facts_share)
+
 
 @dataclass
-class PasskeyOptions:
+class PasskeyOptions(Options):
     """The pass key."""
 
     num_digits: int = option(5, "Digits of a pass key, but for --passkey_wording landmark.")
@@ -83,9 +149,14 @@ class PasskeyOptions:
         "plain", "Wording of the pass key task: plain, landmark (numbers 1 to 50000), longlora or infinitebench."
     )
 
+    def check(self):
+        if not 1 <= self.num_digits <= 18:
+            raise UsageError(f"--num_digits must be 1..18; got {self.num_digits}")
+        check_choice("passkey_wording", self.passkey_wording, PASSKEY_WORDINGS)
+
 
 @dataclass
-class RowOptions:
+class RowOptions(Options):
     """Stored rows."""
 
     dataset_name: str | None = option(
@@ -100,7 +171,7 @@ class RowOptions:
 
 
 @dataclass
-class TextOptions:
+class TextOptions(Options):
     """Plain text."""
 
     text_path: str | None = option(

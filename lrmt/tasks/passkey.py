@@ -2,18 +2,20 @@
 
 import numpy as np
 
-from lrmt.errors import UsageError, suggest
+from lrmt.errors import UsageError
 from lrmt.tasks.base import Example, Pieces, Task, check_segment, derive_rng, join, start_of_last_segment
-from lrmt.tasks.haystack import check_depth
+from lrmt.tasks.names import PASSKEY_WORDINGS
+from lrmt.tasks.options import TaskOptions
 
 _HIDDEN = "There is an important info hidden inside a lot of irrelevant text. Find it and memorize"
 _QUIZ = f"{_HIDDEN} them. I will quiz you about the important information there."
-WORDINGS = {  # the line that opens the text
-    "plain": "Find the pass key in this text.",
-    "landmark": _QUIZ,  # Mohtashami & Jaggi 2023, section 4.2
-    "longlora": _QUIZ,  # Chen et al. 2023, appendix B, who took it over
-    "infinitebench": f"{_HIDDEN} it. I will quiz you about the important information.",  # Zhang et al. 2024, Retrieve.PassKey
-}
+_LINES = (
+    "Find the pass key in this text.",
+    _QUIZ,  # Mohtashami & Jaggi 2023, section 4.2
+    _QUIZ,  # Chen et al. 2023, appendix B, who took it over
+    f"{_HIDDEN} it. I will quiz you about the important information.",  # Zhang et al. 2024, Retrieve.PassKey
+)
+WORDINGS = dict(zip(PASSKEY_WORDINGS, _LINES, strict=True))  # the line that opens the text
 FILLER = (
     "The grass is green.",
     "The sky is blue.",
@@ -29,13 +31,13 @@ LANDMARK_KEYS = 50_000  # the protocol's numbers are 1 to this one
 class PasskeyTask(Task):
     """Task line, filler, the key, filler, question; the filler is cut at token level to the exact length.
 
-    `wording` names the task line: plain, landmark, longlora or infinitebench, which agree in all else but that `landmark`
-    draws the number from 1 to 50000, as its protocol does, and not among those of `num_digits`. Task line, filler, needle
-    and question are the protocol's to the letter; what joins them is a space instead of a line break, and the filler is
+    `passkey_wording` names the task line: plain, landmark, longlora or infinitebench, which agree in all else but that
+    `landmark` draws the number from 1 to 50000, as its protocol does, and not among those of `num_digits`. Task line, filler,
+    needle and question are the protocol's to the letter; what joins them is a space instead of a line break, and the filler is
     cut between tokens instead of characters.
     `depth` is the share of the filler before the key (0 at the top), drawn uniformly when None. `early_facts_share` of the
     training texts have the key before the last segment, where only memory can find it.
-    Raises UsageError for bad options, or a question and answer longer than `segment_length`.
+    Raises UsageError for a question and answer longer than `segment_length`.
     """
 
     name = "passkey"
@@ -43,30 +45,22 @@ class PasskeyTask(Task):
     def __init__(
         self,
         tokenizer,
+        options: TaskOptions,
         *,
         split: str = "train",
         seed: int = 0,
         segment_length: int | None = None,
-        num_digits: int = 5,
-        wording: str = "plain",
-        depth: float | None = None,
-        early_facts_share: float = 0.0,
     ):
-        if not 1 <= num_digits <= 18:
-            raise UsageError(f"--num_digits must be 1..18; got {num_digits}")
-        if wording not in WORDINGS:
-            got = f"{wording!r}{suggest(wording, WORDINGS)}"
-            raise UsageError(f"--passkey_wording must be one of {', '.join(WORDINGS)}; got {got}")
-        check_depth(depth)
+        wording, num_digits = options.passkey_wording, options.num_digits
         self.pieces = Pieces(tokenizer)
-        self.split, self.seed, self.num_digits, self.depth = split, seed, num_digits, depth
+        self.split, self.seed, self.num_digits, self.depth = split, seed, num_digits, options.depth
         self.task_line, self.question = self.pieces(WORDINGS[wording]), self.pieces(QUESTION)
         self.filler = join(map(self.pieces, FILLER))
         self.keys = (1, LANDMARK_KEYS + 1) if wording == "landmark" else (10 ** (num_digits - 1), 10**num_digits)
         longest = str(self.keys[1] - 1)
         self.max_new_tokens = max(10, len(longest) + 2)
         self.segment_length = segment_length
-        self.early_facts_share = early_facts_share if split == "train" and segment_length else 0.0
+        self.early_facts_share = options.early_facts_share if split == "train" and segment_length else 0.0
         check_segment(self.question, self.pieces.answer(longest), segment_length, "passkey")
 
     def example(self, index: int, length: int) -> Example:

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from lrmt.errors import UsageError
-from lrmt.tasks.base import Example, Task, derive_rng, hold_out
+from lrmt.tasks.base import Example, Task, derive_rng, encode_plain, hold_out
 from lrmt.tasks.dataset import looks_local
 from lrmt.tasks.documents import read_documents, stream_documents, text_files
+from lrmt.tasks.options import TaskOptions
 
 MAX_HUB_TOKENS = 2**24  # of a Hub data set, which may be larger than any disk
 _BATCH = 64  # documents tokenised at once
@@ -31,22 +32,21 @@ class TextTask(Task):
     def __init__(
         self,
         tokenizer,
-        text_path: str | Path | None,
+        options: TaskOptions,
         *,
         split: str = "train",
         seed: int = 0,
-        dataset_config: str | None = None,
-        dataset_split: str | None = None,
+        segment_length: int | None = None,  # of any length here
     ):
-        if not text_path:
+        if not options.text_path:
             raise UsageError("task text needs --text_path: a folder of .txt files, a .txt or .jsonl file, or a Hub id")
         if tokenizer.eos_token_id is None:
             raise UsageError("the tokenizer has no EOS token, which stands between documents; set tokenizer.eos_token")
-        self.source, self.split, self.seed = str(text_path), split, seed
+        self.source, self.split, self.seed = str(options.text_path), split, seed
         if looks_local(self.source):
             tokens = _local_tokens(self.source, tokenizer)
         else:
-            tokens = _hub_tokens(self.source, dataset_config, dataset_split or "train", tokenizer)
+            tokens = _hub_tokens(self.source, options.dataset_config, options.dataset_split or "train", tokenizer)
         if not len(tokens):
             raise UsageError(f"--text_path {self.source} holds no text; give one that is not empty")
         self.tokens = tokens if split == "test" else hold_out(tokens, split)  # int32 [N]
@@ -92,8 +92,7 @@ def _tokenise(texts: Iterable[str], tokenizer, limit: int | None = None) -> np.n
     """Ids int32 [N] of the documents, EOS between them, at most `limit`; read-only, for it is shared."""
     parts, count, texts = [np.empty(0, dtype=np.int32)], 0, iter(texts)
     while (limit is None or count < limit) and (batch := list(islice(texts, _BATCH))):
-        encoded = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        for ids in encoded["input_ids"]:
+        for ids in encode_plain(tokenizer, batch):
             if ids:
                 parts.append(np.array([tokenizer.eos_token_id, *ids] if count else ids, dtype=np.int32))
                 count += len(parts[-1])

@@ -22,6 +22,7 @@ from lrmt.errors import UsageError, one_line
 from lrmt.files import told_as, write_files
 from lrmt.models.base import LongContextConfig, LongContextModel
 from lrmt.progress import quiet_bars
+from lrmt.tasks.options import TaskOptions
 from lrmt.tasks.registry import build_task
 from lrmt.training.build import build_empty_model, build_model, trainable_names
 from lrmt.training.checkpoint import check_optimizer_saved, check_resumable, find_checkpoint
@@ -209,22 +210,10 @@ def _build_task(task_args: TaskArguments, tokenizer, split: str, segment_length:
     return build_task(
         task_args.task,
         tokenizer,
+        TaskOptions.of(task_args, dataset_split=task_args.dataset_train_split),
         split=split,
         seed=training_args.seed,
         segment_length=segment_length,
-        babi_dir=task_args.babi_dir,
-        babi_vocabulary=task_args.babi_vocabulary,
-        background=task_args.background_dir,
-        background_dataset=task_args.background_dataset,
-        num_digits=task_args.num_digits,
-        passkey_wording=task_args.passkey_wording,
-        question_position=task_args.question_position,
-        max_n_facts=task_args.max_n_facts,
-        early_facts_share=task_args.early_facts_share,
-        dataset_path=task_args.dataset_name,
-        dataset_config=task_args.dataset_config,
-        dataset_split=task_args.dataset_train_split,
-        text_path=task_args.text_path,
     )
 
 

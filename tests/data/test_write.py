@@ -4,14 +4,19 @@ import dataclasses
 import hashlib
 import json
 import re
+import shutil
+import subprocess
+import sys
 
 import datasets
 import pytest
 from transformers import AutoTokenizer
 
 from lrmt.data import write as module
-from lrmt.data.show import ShowSettings, highlight, show
-from lrmt.data.write import BuildSettings, build, chat
+from lrmt.data.samples import TINY_TOKENIZER, open_tasks
+from lrmt.data.settings import BuildSettings, ShowSettings
+from lrmt.data.show import highlight, show
+from lrmt.data.write import build, chat
 from lrmt.errors import UsageError
 from lrmt.lengths import parse_tokens, spell_length
 from lrmt.tasks import babi, prose
@@ -54,7 +59,7 @@ def built(books, home):
 
 @pytest.fixture(scope="module")
 def tiny():
-    return AutoTokenizer.from_pretrained(module.TINY_TOKENIZER)
+    return AutoTokenizer.from_pretrained(TINY_TOKENIZER)
 
 
 def digests(folder):
@@ -87,7 +92,7 @@ def test_read_back_it_has_the_public_schema_and_exact_lengths(built, tiny, lengt
 
 
 def test_its_rows_are_those_of_the_task(built, books, tiny):
-    task = build_task("qa1", tiny, split="test", background=books)
+    task = build_task("qa1", tiny, split="test", background_dir=books)
     for index, row in enumerate(load(built, "4k", "qa1")):
         made = task.row(index, 3700)
         assert row == {"input": made.input, "question": made.question, "target": made.target}
@@ -150,7 +155,7 @@ def test_jsonl_and_chats(built, books, tmp_path):
 
 
 def test_chat_has_the_question_where_it_is_asked_for(tiny, books):
-    row = build_task("qa1", tiny, background=books).row(0, 200)
+    row = build_task("qa1", tiny, background_dir=books).row(0, 200)
     for position, counts in (("last", (0, 1)), ("first", (1, 0)), ("both", (1, 1))):
         before, after = chat(row, position)[0]["content"].split(row.input)
         assert (before.count("Question: "), after.count("Question: ")) == counts
@@ -158,14 +163,14 @@ def test_chat_has_the_question_where_it_is_asked_for(tiny, books):
 
 def test_a_built_folder_is_a_data_set_to_read(built, tiny):
     task = build_task(
-        "dataset", tiny, split="test", dataset_path=built, dataset_config="4k", dataset_split="niah_single"
+        "dataset", tiny, split="test", dataset_name=built, dataset_config="4k", dataset_split="niah_single"
     )
     example, row = task.example(1), load(built, "4k", "niah_single")[1]
     assert (task.num_examples(0), example.target) == (3, row["target"])
     question = len(tiny(f" {row['question']}", add_special_tokens=False)["input_ids"])
     assert len(example.prompt_ids) == 3700 + question
     with pytest.raises(UsageError, match="cannot load --dataset_name .* --dataset_config 8k"):
-        build_task("dataset", tiny, split="test", dataset_path=built, dataset_config="8k", dataset_split="qa1")
+        build_task("dataset", tiny, split="test", dataset_name=built, dataset_config="8k", dataset_split="qa1")
 
 
 def test_a_bab_i_file_gives_no_more_than_it_has_and_its_facts_must_fit(books, tmp_path):
@@ -210,11 +215,65 @@ def test_folders_of_something_else_are_refused_and_kept(built, books, tmp_path):
         build(settings(books, tmp_path))
 
 
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_read(books, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "open_tasks", lambda settings: pytest.fail("read"))
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UsageError, match="--output_dir .*file/deep/er cannot be written, for .*file cannot; name"):
+        build(settings(books, tmp_path / "file" / "deep" / "er"))
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
+    with pytest.raises(UsageError, match="--output_dir .*new cannot be written"):
+        build(settings(books, tmp_path / "new"))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_disk_that_is_full_is_told_in_one_line(books, tmp_path, monkeypatch):
+    def full(path, records):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "_write_parquet", full)
+    for workers in (1, 2):
+        with pytest.raises(UsageError, match=r"--output_dir .* cannot be written \(No space left on device\)"):
+            build(settings(books, tmp_path / "out", num_workers=workers))
+
+
+@pytest.mark.parametrize(
+    "content", ["version https://git-lfs.github.com/spec/v1\noid sha256:0\n", '{"version": "1.0", "model": {', "{}"]
+)
+def test_a_tokenizer_that_is_no_whole_file_is_told_in_one_line(books, tmp_path, content):
+    shutil.copytree(TINY_TOKENIZER, tmp_path / "tokenizer")
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text(content)
+    with pytest.raises(UsageError, match="--tokenizer .*tokenizer cannot be loaded .*; name a folder or a Hub id"):
+        build(settings(books, tmp_path / "out", tokenizer=str(tmp_path / "tokenizer")))
+
+
+def test_a_build_knows_its_files_by_their_bytes(books, tmp_path):
+    """Notes beside the stories may be in any encoding, and the locale says nothing."""
+    story = "1 Zoë went to the office.\n2 Where is Zoë? \toffice\t1\n"
+    (tmp_path / "babi").mkdir()
+    (tmp_path / "babi" / "qa1_test.txt").write_text(story, encoding="utf-8")
+    (tmp_path / "babi" / "notes.txt").write_bytes("café".encode("latin-1"))
+    given = {"task": ("qa1",), "lengths": ("0k",), "babi_dir": str(tmp_path / "babi"), "format": "jsonl"}
+    (path,) = build(settings(books, tmp_path / "out", **given))
+    assert "Zoë went" in path.read_text(encoding="utf-8")
+    (tmp_path / "babi" / "qa1_test.txt").write_text(story.replace("Zoë", "Zoe"), encoding="utf-8")
+    with pytest.raises(UsageError, match="holds another build: babi_dir"):
+        build(settings(books, tmp_path / "out", **given))
+
+
+def test_settings_are_light():
+    code = (
+        "import sys, lrmt.data.settings, lrmt.tasks.options\n"
+        "print(sorted({'numpy', 'torch', 'transformers', 'pyarrow', 'tqdm'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_every_flag_of_a_sample_changes_it_alone(built, books, tmp_path):
     base = settings(books, tmp_path, task=("qa1",))
 
     def first(**change):
-        return next(iter(dataclasses.replace(base, **change).open_tasks().values())).row(0, 2000)
+        return next(iter(open_tasks(dataclasses.replace(base, **change)).values())).row(0, 2000)
 
     changes = ({"seed": 1}, {"split": "train"}, {"task_start_pct": 0.9}, {"task_end_pct": 0.1}, {"depth": 0.5})
     texts = {first(**change).input for change in ({}, *changes)}
@@ -235,7 +294,7 @@ def test_show_prints_facts_places_and_answer(books, capsys):
     given = {"task": ("qa2",), "lengths": ("4k",), "background_dir": str(books), "index": 1}
     show(ShowSettings(**given))
     out = capsys.readouterr().out
-    (task,) = ShowSettings(**given).open_tasks().values()
+    (task,) = open_tasks(ShowSettings(**given)).values()
     row = task.row(1, 3700)
     assert re.findall(r"\[\[(.*?)\]\]", out) == list(row.facts)
     assert f"target    {row.target}" in out and f"{row.places[-1]:,}" in out and "characters …" in out
@@ -245,7 +304,7 @@ def test_show_prints_facts_places_and_answer(books, capsys):
 
 def test_places_are_where_the_facts_are(books, tiny):
     for name in ("qa1", "niah_single", "reasoning"):
-        row = build_task(name, tiny, background=books).row(5, 1500)
+        row = build_task(name, tiny, background_dir=books).row(5, 1500)
         ids = tiny(f" {row.input}", add_special_tokens=False)["input_ids"]
         for place, fact in zip(row.places, row.facts, strict=True):
             assert tiny.decode(ids[place:]).startswith(f" {fact}")

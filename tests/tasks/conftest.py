@@ -1,13 +1,13 @@
-"""A small byte-fallback BPE tokenizer, trained here on the tasks' own words, and the folder of real data."""
+"""A small byte-fallback BPE tokenizer, trained here on the tasks' own words."""
 
 import functools
-import os
 from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+import lrmt
 from lrmt.tasks import babi, passkey, prose
 
 
@@ -42,11 +42,9 @@ def other_tokenizer():
 
 
 @pytest.fixture(scope="session")
-def data_dir():
-    folder = Path(os.environ.get("LRMT_DATA") or Path(__file__).parents[3] / "shared" / "data")
-    if not folder.is_dir():
-        pytest.skip(f"real data not found in {folder}; set LRMT_DATA")
-    return folder
+def shipped():
+    """The tokenizer of the tiny LLaMA, whose bytes are no special tokens."""
+    return AutoTokenizer.from_pretrained(Path(lrmt.__file__).parent / "assets" / "tiny-llama")
 
 
 @pytest.fixture

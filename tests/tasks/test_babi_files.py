@@ -36,6 +36,20 @@ def test_read_refuses_what_is_no_babi_file(tmp_path):
             babi.read(tmp_path / "bad.txt")
 
 
+def test_a_bom_is_no_text_and_other_encodings_are_refused(tmp_path):
+    story = "1 Zoë moved to the office.\n2 Where is Zoë? \toffice\t1\n"
+    path = tmp_path / "qa1_train.txt"
+    path.write_text(story, encoding="utf-8")
+    plain = babi.read(path)
+    for content in (story.encode("utf-8-sig"), story.replace("\n", "\r\n").encode()):
+        path.write_bytes(content)
+        assert babi.read(path) == plain
+    for encoding, byte in (("latin-1", 4), ("utf-16", 0)):
+        path.write_bytes(story.encode(encoding))
+        with pytest.raises(UsageError, match=rf"--babi_dir .*qa1_train.txt is not UTF-8 text \(byte {byte}\).*iconv"):
+            babi.read(path)
+
+
 @pytest.mark.realdata
 def test_read_finds_every_question_of_every_official_task(data_dir):
     for number in range(1, 21):

@@ -7,7 +7,6 @@ from scipy.stats import chisquare
 
 from lrmt.errors import UsageError
 from lrmt.tasks import babi
-from lrmt.tasks.babilong import BabilongTask
 from lrmt.tasks.background import Background, ProceduralProse
 from lrmt.tasks.registry import build_task
 
@@ -43,7 +42,7 @@ def total(example):
 
 @pytest.mark.parametrize("name", babi.SIMULATED)
 def test_every_task_is_simulated_without_files(tokenizer, prose, name):
-    task = BabilongTask(name, tokenizer, prose)
+    task = build_task(name, tokenizer, background=prose)
     for index in range(5):
         example, sample = task.example(index, 1500), task.draw(index, 1500, whole=True)
         assert total(example) == 1500
@@ -55,7 +54,7 @@ def test_every_task_is_simulated_without_files(tokenizer, prose, name):
 @pytest.mark.parametrize("name", ["qa1", "qa2", "qa3"])
 @pytest.mark.parametrize("position", ["last", "first", "both"])
 def test_length_is_exact_and_the_facts_answer_the_question(tokenizer, prose, name, position):
-    task = BabilongTask(name, tokenizer, prose, question_position=position)
+    task = build_task(name, tokenizer, background=prose, question_position=position)
     for index in range(30):
         length = (256, 384, 1000)[index % 3]
         example = task.example(index, length)
@@ -70,7 +69,7 @@ def test_length_is_exact_and_the_facts_answer_the_question(tokenizer, prose, nam
 
 
 def test_facts_fill_the_length_when_there_is_no_room_for_background(tokenizer, prose, babi_dir):
-    task = BabilongTask("qa1", tokenizer, prose, split="test", babi_dir=babi_dir)
+    task = build_task("qa1", tokenizer, background=prose, split="test", babi_dir=babi_dir)
     bare = task.example(4, 0)
     assert decode(tokenizer, bare) == " " + " ".join([*task.samples[4].facts, "Where is John?"])
     assert total(bare) == task.num_tokens[4]
@@ -79,7 +78,7 @@ def test_facts_fill_the_length_when_there_is_no_room_for_background(tokenizer, p
 
 
 def test_test_keeps_file_order_and_leaves_out_what_does_not_fit(tokenizer, prose, babi_dir):
-    task = BabilongTask("qa1", tokenizer, prose, split="test", babi_dir=babi_dir)
+    task = build_task("qa1", tokenizer, background=prose, split="test", babi_dir=babi_dir)
 
     def facts(index, length):
         return len(FACT.findall(decode(tokenizer, task.example(index, length))))
@@ -95,7 +94,7 @@ def test_test_keeps_file_order_and_leaves_out_what_does_not_fit(tokenizer, prose
 
 
 def test_an_epoch_of_training_meets_every_sample_once(tokenizer, prose, babi_dir):
-    task = BabilongTask("qa1", tokenizer, prose, babi_dir=babi_dir)
+    task = build_task("qa1", tokenizer, background=prose, babi_dir=babi_dir)
     epochs = [[len(FACT.findall(decode(tokenizer, task.example(9 * e + i, 400)))) for i in range(9)] for e in (0, 1)]
     assert [sorted(epoch) for epoch in epochs] == [list(range(1, 10))] * 2
     assert epochs[0] != epochs[1]
@@ -103,7 +102,7 @@ def test_an_epoch_of_training_meets_every_sample_once(tokenizer, prose, babi_dir
 
 def test_what_selects_a_model_is_never_what_is_reported(tokenizer, prose, babi_dir):
     def facts(split):
-        task = BabilongTask("qa1", tokenizer, prose, split=split, babi_dir=babi_dir)
+        task = build_task("qa1", tokenizer, background=prose, split=split, babi_dir=babi_dir)
         return [len(task.samples[i].facts) for i in range(len(task.samples))], task.samples
 
     # without a test file: valid is test, and the last tenth of train is validation
@@ -116,18 +115,18 @@ def test_what_selects_a_model_is_never_what_is_reported(tokenizer, prose, babi_d
 
 
 def test_max_n_facts_leaves_out_long_samples(tokenizer, prose, babi_dir):
-    stored = BabilongTask("qa1", tokenizer, prose, split="test", babi_dir=babi_dir, max_n_facts=3)
+    stored = build_task("qa1", tokenizer, background=prose, split="test", babi_dir=babi_dir, max_n_facts=3)
     assert stored.num_examples(600) == 3
-    simulated = BabilongTask("qa2", tokenizer, prose, max_n_facts=6)
+    simulated = build_task("qa2", tokenizer, background=prose, max_n_facts=6)
     counts = [len(FACT.findall(decode(tokenizer, simulated.example(i, 300)))) for i in range(40)]
     assert max(counts) == 6
     with pytest.raises(UsageError, match="no sample of qa1 has 1 facts or fewer"):
         (babi_dir / "qa1_test.txt").write_text(
             "1 John got up.\n2 John went to the office.\n3 Where is John?\toffice\t2"
         )
-        BabilongTask("qa1", tokenizer, prose, split="test", babi_dir=babi_dir, max_n_facts=1)
+        build_task("qa1", tokenizer, background=prose, split="test", babi_dir=babi_dir, max_n_facts=1)
     with pytest.raises(UsageError, match="no story of qa3 fits into 200 tokens with --max_n_facts 3"):
-        BabilongTask("qa3", tokenizer, prose, max_n_facts=3).example(0, 200)
+        build_task("qa3", tokenizer, background=prose, max_n_facts=3).example(0, 200)
 
 
 @pytest.mark.parametrize("stored", [False, True])
@@ -135,7 +134,7 @@ def test_examples_depend_on_seed_split_index_and_length_alone(tokenizer, prose, 
     folder = babi_dir if stored else None
 
     def build(seed=0, split="train"):
-        return BabilongTask("qa1", tokenizer, prose, seed=seed, split=split, babi_dir=folder)
+        return build_task("qa1", tokenizer, background=prose, seed=seed, split=split, babi_dir=folder)
 
     used = build()
     forward = [used.example(i, 500).prompt_ids.tolist() for i in range(6)]
@@ -152,7 +151,7 @@ def test_examples_depend_on_seed_split_index_and_length_alone(tokenizer, prose, 
 
 
 def test_simulated_stories_differ_between_splits_and_stop_at_any_of_their_questions(tokenizer, prose):
-    tasks = [BabilongTask("qa1", tokenizer, prose, split=split) for split in ("train", "validation", "test")]
+    tasks = [build_task("qa1", tokenizer, background=prose, split=split) for split in ("train", "validation", "test")]
     stories = [{decode(tokenizer, task.example(i, 0)) for i in range(500)} for task in tasks]
     assert len(stories[0] & stories[1]) < 25 and len(stories[1] & stories[2]) < 25  # short ones recur by chance
     counts = np.bincount([len(FACT.findall(decode(tokenizer, tasks[0].example(i, 0)))) for i in range(1000)])
@@ -162,7 +161,7 @@ def test_simulated_stories_differ_between_splits_and_stop_at_any_of_their_questi
 
 def test_facts_go_to_uniform_gaps_in_order(tokenizer, prose):
     """Gaps drawn with replacement: each fact's gap uniform over n + 1, and several facts may share one."""
-    task = BabilongTask("qa1", tokenizer, prose)
+    task = build_task("qa1", tokenizer, background=prose)
     offsets = np.arange(6)  # five sentences of one token
     rng = np.random.default_rng(0)
     counts, shared = np.zeros(6, dtype=int), 0
@@ -177,7 +176,7 @@ def test_facts_go_to_uniform_gaps_in_order(tokenizer, prose):
 
 @pytest.mark.parametrize(("start", "end"), [(0.0, 0.1), (0.5, 0.5), (0.9, 1.0), (0.25, 0.75)])
 def test_span_restricts_the_facts_by_token_offset(tokenizer, prose, start, end):
-    task = BabilongTask("qa1", tokenizer, prose, task_start_pct=start, task_end_pct=end)
+    task = build_task("qa1", tokenizer, background=prose, task_start_pct=start, task_end_pct=end)
     slack = 0.02  # one sentence, and the facts themselves
     for index in range(20):
         text = decode(tokenizer, task.example(index, 8000))
@@ -186,9 +185,9 @@ def test_span_restricts_the_facts_by_token_offset(tokenizer, prose, start, end):
 
 
 def test_a_segment_must_hold_question_and_answer(tokenizer, prose):
-    BabilongTask("qa1", tokenizer, prose, segment_length=16)
+    build_task("qa1", tokenizer, background=prose, segment_length=16)
     with pytest.raises(UsageError, match="--segment_length 4 is too short: question and answer of qa1"):
-        BabilongTask("qa1", tokenizer, prose, segment_length=4)
+        build_task("qa1", tokenizer, background=prose, segment_length=4)
 
 
 def test_bad_options_are_refused(tokenizer, prose, tmp_path, babi_dir):
@@ -200,12 +199,12 @@ def test_bad_options_are_refused(tokenizer, prose, tmp_path, babi_dir):
         ({"babi_dir": tmp_path}, "has no qa1_train.txt; it holds: babi"),
     ):
         with pytest.raises(UsageError, match=message):
-            BabilongTask("qa1", tokenizer, prose, **options)
+            build_task("qa1", tokenizer, background=prose, **options)
 
 
 def test_the_test_split_prefers_a_test_file_and_knows_the_archives_names(tokenizer, prose, babi_dir):
     def first(split):
-        return BabilongTask("qa1", tokenizer, prose, split=split, babi_dir=babi_dir).example(0, 0).target
+        return build_task("qa1", tokenizer, background=prose, split=split, babi_dir=babi_dir).example(0, 0).target
 
     assert (first("validation"), first("test")) == ("bathroom", "bathroom")
     for name, room in (("qa1_single-supporting-fact_test.txt", "garden"), ("qa10_test.txt", "office")):
@@ -222,7 +221,7 @@ def test_examples_are_cheap(tokenizer, prose):
             times.append(time.perf_counter() - begin)
         return min(times)
 
-    task = BabilongTask("qa1", tokenizer, prose)
+    task = build_task("qa1", tokenizer, background=prose)
     assert best_of(50, task, 8 * 128) < 1e-3
     assert best_of(3, task, 1_000_000) < 0.2
 
@@ -231,7 +230,9 @@ def test_examples_are_cheap(tokenizer, prose):
 def test_official_files_over_real_books(tokenizer, data_dir, tmp_path):
     book = Background(data_dir / "books" / "moby_dick.txt", tokenizer, tmp_path)
     for name in (f"qa{n}" for n in range(1, 21)):
-        task = BabilongTask(name, tokenizer, book, split="test", babi_dir=data_dir / "babi", segment_length=128)
+        task = build_task(
+            name, tokenizer, background=book, split="test", babi_dir=data_dir / "babi", segment_length=128
+        )
         assert task.num_examples(0) == len(babi.read(data_dir / "babi" / f"{name}_valid.txt"))
         example = task.example(7, 1024)
         assert total(example) == 1024
@@ -246,8 +247,8 @@ def test_official_files_over_real_books(tokenizer, data_dir, tmp_path):
 @pytest.mark.parametrize("position", ["last", "both"])
 def test_early_facts_stand_before_the_last_segment(tokenizer, prose, position):
     def last_fact(share):
-        task = BabilongTask(
-            "qa1", tokenizer, prose, segment_length=128, early_facts_share=share, question_position=position
+        task = build_task(
+            "qa1", tokenizer, background=prose, segment_length=128, early_facts_share=share, question_position=position
         )
         for index in range(40):
             text = decode(tokenizer, task.example(index, 384))
@@ -266,3 +267,25 @@ def test_other_words(tokenizer, tmp_path):
     (tmp_path / "qa1_train.txt").write_text("1 Mary went to the office.\n2 Where is Mary? \toffice\t1\n" * 20)
     with pytest.raises(UsageError, match="--babi_vocabulary .* --babi_dir"):
         build_task("qa1", tokenizer, babi_vocabulary=tmp_path / "words.yaml", babi_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "known"),
+    [
+        ("qa1", "kitchen,office", False),
+        ("qa6", "yes,no", False),
+        ("qa14", "park,office", False),
+        ("qa19", "n,e", True),
+        ("qa19", "n,e,s,w", False),
+        ("qa8", "apple,milk", True),
+        ("qa8", "apple,pear", False),
+        ("qa8", "Nothing", True),
+    ],
+)
+def test_lists_are_answers_of_qa8_alone(tokenizer, prose, tmp_path, name, answer, known):
+    (tmp_path / f"{name}_test.txt").write_text(f"1 John went away.\n2 What is it?\t{answer}\t1\n")
+    if known:
+        assert build_task(name, tokenizer, background=prose, split="test", babi_dir=tmp_path).num_examples(0) == 1
+        return
+    with pytest.raises(UsageError, match=f"{name}_test.txt answers .* '{answer}', which is no label of {name}"):
+        build_task(name, tokenizer, background=prose, split="test", babi_dir=tmp_path)

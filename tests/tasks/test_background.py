@@ -1,5 +1,6 @@
 import json
 import shutil
+import time
 import tracemalloc
 
 import numpy as np
@@ -14,6 +15,7 @@ from lrmt.tasks.background import Background, ProceduralProse
 from lrmt.tasks.base import Pieces
 from lrmt.tasks.documents import split_sentences, stream_share, strip_gutenberg
 from lrmt.tasks.names import SPLITS
+from lrmt.tasks.registry import build_task
 
 
 @pytest.mark.parametrize(
@@ -32,6 +34,95 @@ from lrmt.tasks.names import SPLITS
 )
 def test_split_sentences(text, sentences):
     assert split_sentences(text) == sentences
+
+
+@pytest.mark.parametrize(
+    ("text", "sentences"),
+    [
+        (
+            "他走进了厨房。天黑了！\n谁在那里？“我。”他说。",
+            ["他走进了厨房。", "天黑了！", "谁在那里？", "“我。”", "他说。"],
+        ),
+        ("他走进了安静\n的厨房。", ["他走进了安静的厨房。"]),  # Han has no space where a line ends
+        ("Он вошёл. Она ушла! Кто? Никто.", ["Он вошёл.", "Она ушла!", "Кто?", "Никто."]),
+        ("Był w domu. Łódź śpi. Éva też.", ["Był w domu.", "Łódź śpi.", "Éva też."]),
+        ("«Où ?» Il partit. À demain, dit-il à Zoé.", ["«Où ?»", "Il partit.", "À demain, dit-il à Zoé."]),
+        ("هل أنت هنا؟ نعم. ذهبت إلى البيت۔ ثم عدت.", ["هل أنت هنا؟", "نعم.", "ذهبت إلى البيت۔", "ثم عدت."]),
+        ("वह घर गया। फिर आया॥ अब", ["वह घर गया।", "फिर आया॥", "अब"]),
+        ("Նա գնաց։ Նա եկավ։", ["Նա գնաց։", "Նա եկավ։"]),
+        ("He spoke of it. À propos, she added. Élan.", ["He spoke of it. À propos, she added. Élan."]),  # English
+    ],
+)
+def test_sentences_of_other_scripts(text, sentences):
+    if sentences[0].startswith("He "):
+        text, sentences = text + " It rained again." * 20, [sentences[0], *["It rained again."] * 20]
+    assert split_sentences(text) == sentences
+
+
+def test_a_text_without_capitals_is_parted_at_its_stops():
+    lower = "the old man sat by the window and read his book."
+    assert split_sentences(" ".join([lower] * 300)) == [lower] * 300
+    short = f"{lower} e.g. {lower}"  # of a length that a sentence may have
+    assert split_sentences(short) == [short]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["the lantern stood there " * 2000, "the lantern, the mill, " * 2000, "x" * 50_000, "厨房" * 25_000, "." * 50_000]
+    + ["no stop; " * 300 + "the mill stood. " * 500],
+)
+def test_a_sentence_has_an_end(text):
+    sentences = split_sentences(text)
+    assert max(map(len, sentences)) <= 3000
+    assert "".join("".join(sentences).split()) == "".join(text.split())
+    assert min(map(len, sentences[:-1])) >= 15  # none so short that it would be left out
+
+
+@pytest.mark.parametrize("unit", ["厨房", "x.", "a, ", "_", "「", "...?! "])
+def test_splitting_takes_no_time_by_the_square_of_the_text(unit):
+    begin = time.perf_counter()
+    split_sentences(unit * (40_000 // len(unit)))
+    assert time.perf_counter() - begin < 2
+
+
+@pytest.mark.parametrize(
+    ("words", "stops", "space"),
+    [
+        (("他走进了安静的厨房", "她拿起了桌上的苹果", "老人坐在窗边读书"), "。！？", ""),
+        (("Он вошёл в тихую кухню и закрыл дверь", "Старик сидел у окна и читал книгу"), ".", " "),
+        (("the old man sat by the window and read", "the rain fell on the roof of the old house"), ".", " "),
+    ],
+)
+def test_facts_stand_between_the_sentences_of_any_language(shipped, tmp_path, words, stops, space):
+    text = "".join(words[i % len(words)] + stops[i % len(stops)] + space for i in range(3000))
+    (tmp_path / "book.txt").write_text(text, encoding="utf-8")
+    begin = time.perf_counter()
+    pool = Background(tmp_path / "book.txt", shipped, tmp_path / "cache")
+    task = build_task("qa1", shipped, background=pool, split="test")
+    rows = [task.row(index, 4000) for index in range(20)]
+    assert time.perf_counter() - begin < 20
+    assert len(pool.offsets) == 3001 and np.diff(pool.offsets).max() < 80
+    assert {len(Pieces(shipped)(row.input)) for row in rows} == {4000}
+    places = [place / 4000 for row in rows for place in row.places]
+    assert np.histogram(places, 4, (0, 1))[0].min() >= 5
+
+
+def test_one_sentence_hides_nothing(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("LRMT_CACHE", str(tmp_path / "cache"))
+    sentence = "The solemn librarian wandered slowly past the old orchard wall."
+    (tmp_path / "book.txt").write_text(sentence)
+    with pytest.raises(UsageError, match="book.txt is one sentence, and facts stand between sentences; give longer"):
+        build_task("qa1", tokenizer, background_dir=tmp_path / "book.txt")
+    (tmp_path / "book.txt").write_text(f"{sentence} {sentence}")
+    assert build_task("qa1", tokenizer, background_dir=tmp_path / "book.txt").example(0, 400).target in babi.ROOMS
+
+
+def test_a_book_may_spell_special_tokens(shipped, tmp_path):
+    text = "The clerk writes <s>what was old</s> between the marks of <pad> and goes home."
+    (tmp_path / "book.txt").write_text(f"{text} {text}")
+    pool = Background(tmp_path / "book.txt", shipped, tmp_path / "cache")
+    assert not set(shipped.all_special_ids) & set(pool.ids.tolist())
+    assert shipped.decode(pool.ids, skip_special_tokens=True).strip() == f"{text} {text}"
 
 
 def test_strip_gutenberg_keeps_what_lies_between_the_marks():

@@ -28,7 +28,7 @@ def test_tasks_are_built_by_name(tokenizer, name):
 
 def test_options_reach_their_tasks(tokenizer, book, tmp_path, monkeypatch):
     monkeypatch.setenv("LRMT_CACHE", str(tmp_path / "cache"))
-    task = build_task("passkey,qa2", tokenizer, split="test", seed=9, num_digits=7, max_n_facts=8, background=book)
+    task = build_task("passkey,qa2", tokenizer, split="test", seed=9, num_digits=7, max_n_facts=8, background_dir=book)
     passkey, qa2 = task.tasks
     assert (passkey.num_digits, qa2.max_n_facts) == (7, 8)
     assert {(t.seed, t.split) for t in (task, passkey, qa2)} == {(9, "test")}

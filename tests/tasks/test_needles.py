@@ -81,7 +81,11 @@ def test_what_cannot_be_placed_is_refused(tokenizer, background):
         ("qa1", {"depth": -0.1}, r"--depth must lie in \[0, 1\]"),
         ("niah_single", {"length": 50}, "niah_single does not fit into 50 tokens; give a length of"),
         ("niah_single", {"segment_length": 20}, "--segment_length 20 is too short"),
-        ("qa1", {"background_dataset": "org/books"}, "--background_dir and --background_dataset exclude each other"),
+        (
+            "qa1",
+            {"background_dir": "books", "background_dataset": "org/books"},
+            "--background_dir and --background_dataset exclude each other",
+        ),
     ):
         with pytest.raises(UsageError, match=message):
             make(name, **options)

@@ -9,7 +9,6 @@ from lrmt.errors import UsageError
 from lrmt.tasks import prose
 from lrmt.tasks import text as module
 from lrmt.tasks.registry import build_task
-from lrmt.tasks.text import TextTask
 from lrmt.training.collate import collate
 
 
@@ -41,27 +40,29 @@ def test_a_window_has_exactly_its_length_and_all_but_its_first_token_is_scored(t
 
 def test_a_window_is_a_function_of_seed_split_index_and_length(tokenizer, book):
     def windows(seed=0, split="train"):
-        task = TextTask(tokenizer, book, seed=seed, split=split)
+        task = build_task("text", tokenizer, text_path=book, seed=seed, split=split)
         return [tuple(window(task.example(i, 50))) for i in range(8)]
 
     assert windows() == windows()
     assert len(set(windows())) == 8
     assert not set(windows()) & set(windows(seed=1))
-    assert tuple(window(TextTask(tokenizer, book).example(0, 51))[:50]) != windows()[0]
-    task = TextTask(tokenizer, book)
+    assert tuple(window(build_task("text", tokenizer, text_path=book).example(0, 51))[:50]) != windows()[0]
+    task = build_task("text", tokenizer, text_path=book)
     assert [tuple(window(task.example(i, 50))) for i in reversed(range(8))] == windows()[::-1]  # no state
 
 
 def test_every_place_can_be_drawn(tokenizer, tmp_path):
     (tmp_path / "short.txt").write_text(" ".join(f"{n}" for n in range(10)))
-    task = TextTask(tokenizer, tmp_path / "short.txt", split="test")
+    task = build_task("text", tokenizer, text_path=tmp_path / "short.txt", split="test")
     length = len(task.tokens) - 2
     drawn = {tuple(window(task.example(i, length))) for i in range(60)}
     assert drawn == {tuple(task.tokens[i : i + length]) for i in range(3)}
 
 
 def test_the_last_tenth_of_the_tokens_is_held_out_of_training(tokenizer, book):
-    train, validation, test = (TextTask(tokenizer, book, split=s).tokens for s in ("train", "validation", "test"))
+    train, validation, test = (
+        build_task("text", tokenizer, text_path=book, split=s).tokens for s in ("train", "validation", "test")
+    )
     assert len(validation) == len(test) // 10
     assert np.array_equal(np.concatenate([train, validation]), test)
     assert test.tolist() == ids(tokenizer, book.read_text().strip())
@@ -77,17 +78,17 @@ def test_documents_are_parted_by_eos(tokenizer, tmp_path):
     texts = ["The first.", "The second.", "A third\u2028line."]
     eos = tokenizer.eos_token_id
     expected = [*ids(tokenizer, texts[0]), eos, *ids(tokenizer, texts[1])]
-    assert TextTask(tokenizer, tmp_path, split="test").tokens.tolist() == expected
+    assert build_task("text", tokenizer, text_path=tmp_path, split="test").tokens.tolist() == expected
     rows = "".join(json.dumps({"text": text, "n": 1}, ensure_ascii=False) + "\n\n" for text in (*texts, ""))
     (tmp_path / "rows.jsonl").write_text(rows, encoding="utf-8")
     expected += [eos, *ids(tokenizer, texts[2])]
-    assert TextTask(tokenizer, tmp_path / "rows.jsonl", split="test").tokens.tolist() == expected
+    assert build_task("text", tokenizer, text_path=tmp_path / "rows.jsonl", split="test").tokens.tolist() == expected
 
 
 def test_more_documents_than_are_tokenised_at_once(tokenizer, tmp_path):
     texts = prose.write(2 * module._BATCH + 3, 0)
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    tokens = TextTask(tokenizer, tmp_path / "rows.jsonl", split="test").tokens
+    tokens = build_task("text", tokenizer, text_path=tmp_path / "rows.jsonl", split="test").tokens
     assert tokenizer.decode(tokens).split(tokenizer.eos_token) == texts
 
 
@@ -98,14 +99,16 @@ def test_a_text_is_tokenised_once_for_all_splits_and_anew_when_it_changes(
     monkeypatch.setattr(module, "_tokenise", lambda *given: calls.append(given) or tokenise(*given))
     path.write_text("One two three. " * 20)
     for split in ("train", "validation", "test"):
-        TextTask(tokenizer, path, split=split)
+        build_task("text", tokenizer, text_path=path, split=split)
     assert len(calls) == 1
-    first = TextTask(tokenizer, path, split="test").tokens
+    first = build_task("text", tokenizer, text_path=path, split="test").tokens
     with pytest.raises(ValueError, match="read-only"):
         first[0] = 0
     path.write_text("Four five six. " * 30)
-    assert tokenizer.decode(TextTask(tokenizer, path, split="test").tokens).startswith("Four")
-    assert other_tokenizer.decode(TextTask(other_tokenizer, path, split="test").tokens).startswith("Four")
+    assert tokenizer.decode(build_task("text", tokenizer, text_path=path, split="test").tokens).startswith("Four")
+    assert other_tokenizer.decode(build_task("text", other_tokenizer, text_path=path, split="test").tokens).startswith(
+        "Four"
+    )
 
 
 def test_a_hub_data_set_is_streamed_until_there_is_enough(tokenizer, monkeypatch):
@@ -127,10 +130,12 @@ def test_a_hub_data_set_is_streamed_until_there_is_enough(tokenizer, monkeypatch
 
     monkeypatch.setattr("datasets.load_dataset", load)
     monkeypatch.setattr(module, "MAX_HUB_TOKENS", 1500)
-    tokens = TextTask(tokenizer, "org/books", split="test", dataset_config="en", dataset_split="all").tokens
+    tokens = build_task(
+        "text", tokenizer, text_path="org/books", split="test", dataset_config="en", dataset_split="all"
+    ).tokens
     assert len(tokens) == 1500 and len(read) < 1000
     assert tokenizer.decode(tokens).startswith(f"Row 0 of very many.{tokenizer.eos_token}Row 1 of")
-    TextTask(tokenizer, "org/books")
+    build_task("text", tokenizer, text_path="org/books")
     assert asked == [("org/books", "en", "all", True), ("org/books", None, "train", True)]
     for name, message in (
         ("org/gone", "cannot load --text_path org/gone of split train: no such dataset"),
@@ -138,7 +143,7 @@ def test_a_hub_data_set_is_streamed_until_there_is_enough(tokenizer, monkeypatch
         ("org/other", "--text_path org/other of split train row 1 has no column 'text'; found: body"),
     ):
         with pytest.raises(UsageError, match=message) as caught:
-            TextTask(tokenizer, name)
+            build_task("text", tokenizer, text_path=name)
         assert "\n" not in str(caught.value)
 
 
@@ -164,14 +169,14 @@ def test_bad_texts_are_refused_in_one_line(tokenizer, tmp_path):
         ("list.jsonl", "list.jsonl:1 is no JSON object; give {text}"),
     ):
         with pytest.raises(UsageError, match=message) as caught:
-            TextTask(tokenizer, tmp_path / name)
+            build_task("text", tokenizer, text_path=tmp_path / name)
         assert "\n" not in str(caught.value)
     with pytest.raises(UsageError, match="needs --text_path"):
         build_task("text", tokenizer)
 
 
 def test_a_text_shorter_than_a_window_is_refused(tokenizer, book):
-    task = TextTask(tokenizer, book, split="validation")
+    task = build_task("text", tokenizer, text_path=book, split="validation")
     there = len(task.tokens)
     task.example(0, there)
     with pytest.raises(UsageError, match=f"{there} tokens for split validation, fewer than one text of {there + 1}"):
@@ -202,3 +207,37 @@ def test_training_on_text(train_small, tmp_path):
     with pytest.raises(UsageError, match="tokens for split validation, fewer than one text of 3200"):
         train_small(*flags[:-2], "1", "100", "--output_dir", output_dir)
     assert not output_dir.exists()
+
+
+def test_what_spells_a_special_token_is_text(shipped, tmp_path):
+    """Or a book about markup would end, and be padded, in its middle."""
+    text = "One writes <s>old</s> and <pad> in it."
+    (tmp_path / "markup.txt").write_text(text)
+    tokens = build_task("text", shipped, text_path=tmp_path / "markup.txt", split="test").tokens
+    assert not set(shipped.all_special_ids) & set(tokens.tolist())
+    assert shipped.decode(tokens, skip_special_tokens=True) == text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("Bücher aus Łódź".encode("iso8859-2"), r"book.txt is not UTF-8 text \(byte 1\); .*iconv"),
+        ("他走进了厨房。".encode("gbk"), r"book.txt is not UTF-8 text \(byte 0\); .*iconv"),
+        ("Call me Nora.".encode("utf-16"), r"book.txt is not UTF-8 text \(byte 0\), but UTF-16"),
+        ("Call me Nora.".encode("utf-16-be"), r"book.txt is not UTF-8 text \(byte 0\), but UTF-16"),
+    ],
+)
+def test_books_in_another_encoding_are_refused(tokenizer, tmp_path, content, message):
+    (tmp_path / "book.txt").write_bytes(content)
+    with pytest.raises(UsageError, match=f"--text_path .*{message}"):
+        build_task("text", tokenizer, text_path=tmp_path, split="test")
+    with pytest.raises(UsageError, match=f"--background_dir .*{message}"):
+        build_task("qa1", tokenizer, background_dir=tmp_path)
+
+
+@pytest.mark.parametrize("option", ["text_path", "background_dir"])
+def test_half_a_character_of_a_document_is_refused_by_its_line(tokenizer, tmp_path, option):
+    rows = ['{"text": "The mill stood idle."}', "", '{"text": "The mill \\ud83d stood idle."}']
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    with pytest.raises(UsageError, match=rf"--{option} .*rows.jsonl row 3, 'text', has half a character, '\\ud83d'"):
+        build_task("text" if option == "text_path" else "qa1", tokenizer, **{option: tmp_path / "rows.jsonl"})

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lrmt.errors import UsageError
+from lrmt.files import listing, read_text
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,12 @@ def read(path: str | Path) -> list[BabiSample]:
     """
     path = Path(path)
     if not path.is_file():
-        there = ", ".join(sorted(p.name for p in path.parent.glob("*.txt"))) or "no .txt file"
+        there = listing(path.parent, "*.txt", empty="no .txt file")
         raise UsageError(f"no bAbI file {path}; {path.parent} holds: {there}")
     samples: list[BabiSample] = []
     facts: list[str] = []
     index_of: dict[int, int] = {}  # line id -> index of the fact
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_text(path, "--babi_dir").splitlines(), start=1):
         if not line.strip():
             continue
         identifier, _, text = line.partition(" ")

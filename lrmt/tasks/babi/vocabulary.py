@@ -9,6 +9,7 @@ from pathlib import Path
 import yaml
 
 from lrmt.errors import UsageError, suggest
+from lrmt.files import read_text
 
 GO = ("went to", "moved to", "journeyed to", "travelled to", "went back to")
 GET = ("got", "grabbed", "picked up", "took")
@@ -104,8 +105,8 @@ class Vocabulary:
         if not path.is_file():
             raise UsageError(f"--babi_vocabulary {path} is no file; give a YAML or JSON file with people, rooms, …")
         try:
-            words = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            words = yaml.safe_load(read_text(path, "--babi_vocabulary"))
+        except yaml.YAMLError as error:
             where = getattr(error, "problem_mark", None)
             _refuse(f"{path} is not YAML" + (f" in line {where.line + 1}" if where else ""), "give a YAML or JSON file")
         if not isinstance(words, dict) or not all(isinstance(key, str) for key in words):

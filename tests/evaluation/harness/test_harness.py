@@ -90,7 +90,7 @@ def test_babilong_from_local_files_equals_lrmt_evaluate(adapter, data, tmp_path)
     assert 0.2 < wanted["accuracy"] < 0.8
 
     tokenizer = AutoTokenizer.from_pretrained(adapter)
-    task = build_task("dataset", tokenizer, split="test", dataset_path=data / "rows.jsonl", segment_length=SEGMENT)
+    task = build_task("dataset", tokenizer, split="test", dataset_name=data / "rows.jsonl", segment_length=SEGMENT)
     examples = [task.example(index) for index in range(ROWS)]
     trained = build_contenders(lrmt.load(adapter))[0]
     outputs = [answer(trained, [e.prompt_ids], tokenizer, count_new_tokens(task))[0] for e in examples]
