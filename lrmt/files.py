@@ -1,7 +1,8 @@
-"""Files: written whole, told apart by their content, and what a folder holds."""
+"""Files: read as UTF-8, written whole, told apart by their content, and what a folder holds."""
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import hashlib
 import json
@@ -13,6 +14,28 @@ from functools import cache
 from pathlib import Path
 
 from lrmt.errors import UsageError
+
+
+def read_text(path: str | os.PathLike, flag: str) -> str:
+    """The text of a UTF-8 file whatever the locale: a BOM is no text, and every end of a line is "\\n".
+
+    Raises UsageError, naming `flag`, file, byte (from 0) and remedy, for another encoding, a NUL and a file that is not read.
+    """
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise UsageError(f"{flag} {path} cannot be read ({error.strerror or error}); name a text file") from None
+    try:
+        text, bad = content.decode(), content.find(b"\0")
+    except UnicodeDecodeError as error:
+        bad = error.start
+    if bad < 0:
+        return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+    utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or content[bad] == 0
+    raise UsageError(
+        f"{flag} {path} is not UTF-8 text (byte {bad}){', but UTF-16 or no text' if utf16 else ''}; convert it: "
+        f"iconv -f {'UTF-16' if utf16 else 'ENCODING'} -t UTF-8 FILE > NEW"
+    )
 
 
 @contextlib.contextmanager
