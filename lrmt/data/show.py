@@ -2,21 +2,33 @@
 
 import sys
 from dataclasses import dataclass
+from typing import ClassVar
 
 from lrmt.data.write import GenerationSettings
 from lrmt.errors import UsageError
+from lrmt.flags import flag
 from lrmt.tasks.haystack import Row
 
 BOLD, PLAIN = "\033[1;33m", "\033[0m"
 AROUND = 160  # characters shown of a stretch of background at each of its ends
 
 
-@dataclass(frozen=True)
+@dataclass(kw_only=True)
 class ShowSettings(GenerationSettings):
     """What `lrmt data show` is asked to do."""
 
-    index: int = 0
-    full: bool = False
+    title: ClassVar[str] = "flags"
+    description: ClassVar[str] = """\
+Makes one sample, as lrmt data build would, and prints it with its facts highlighted and their positions in tokens.
+"""
+    examples: ClassVar[str] = """\
+examples:
+  lrmt data show --task qa2 --lengths 4k --background_dir books
+  lrmt data show --task niah_single --lengths 16k --depth 0.5 --index 3 --full
+"""
+
+    index: int = flag(0, "Which sample.", "N")
+    full: bool = flag(False, "All of the background, not only what is near the facts.")
 
     def __post_init__(self):
         super().__post_init__()

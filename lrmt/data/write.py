@@ -10,17 +10,20 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from tqdm import tqdm
 
 import lrmt
 from lrmt.errors import UsageError, one_line, suggest
 from lrmt.files import digest, replacing, to_json, write_whole
+from lrmt.flags import flag
 from lrmt.lengths import parse_tokens, spell_length
 from lrmt.tasks.background import open_background
 from lrmt.tasks.cache import fingerprint_tokenizer
 from lrmt.tasks.haystack import HaystackTask, Row
-from lrmt.tasks.names import SPLITS
+from lrmt.tasks.names import KNOWN_HAYSTACKS, SPLITS
+from lrmt.tasks.options import BackgroundOptions, QuestionOptions, RepeatOptions, SpanOptions, StoryOptions
 from lrmt.tasks.registry import HAYSTACKS, build_task
 
 FORMATS = {"parquet": "parquet", "jsonl": "jsonl", "chat": "jsonl"}  # and what their files end in
@@ -29,28 +32,25 @@ IDENTITY = "build.json"
 TINY_TOKENIZER = Path(lrmt.__file__).parent / "assets" / "tiny-llama"
 
 
-@dataclass(frozen=True)
-class GenerationSettings:
+@dataclass(kw_only=True)
+class GenerationSettings(StoryOptions, BackgroundOptions, RepeatOptions, SpanOptions):
     """What `lrmt data` makes samples of: every field is the flag of the same name.
 
     Raises UsageError, one line, for whatever cannot work.
     """
 
-    task: tuple[str, ...]
-    lengths: tuple[str, ...]
-    tokenizer: str | None = None
-    babi_dir: str | None = None
-    babi_vocabulary: str | None = None
-    background_dir: str | None = None
-    background_dataset: str | None = None
-    repeat_background: bool = False
-    split: str = "test"
-    seed: int = 0
-    task_start_pct: float = 0.0
-    task_end_pct: float = 1.0
-    depth: float | None = None
-    max_n_facts: int | None = None
-    reserved_tokens: int = 300
+    title: ClassVar[str] = "samples"
+
+    task: tuple[str, ...] = flag(help=KNOWN_HAYSTACKS, metavar="NAME")
+    lengths: tuple[str, ...] = flag(help="In tokens: 0k, 1k, 4k, 1M, 10M, 1500 (1k = 1000).", metavar="N")
+    tokenizer: str | None = flag(
+        None, "That counts tokens: a folder or Hub id (default: that of the tiny LLaMA).", "NAME"
+    )
+    split: str = flag("test", "Of the bAbI files: train, validation or test.", "NAME")
+    seed: int = flag(0, "Of stories, places and background.", "N")
+    reserved_tokens: int = flag(
+        300, "Of a length, kept for question and answer (default: 300, as in the public sets).", "N"
+    )
 
     def __post_init__(self):
         for name in self.task:
@@ -60,9 +60,9 @@ class GenerationSettings:
         if self.split not in SPLITS:
             got = f"{self.split!r}{suggest(self.split, SPLITS)}"
             raise UsageError(f"--split must be one of {', '.join(SPLITS)}; got {got}")
-        for flag in ("seed", "reserved_tokens"):
-            if getattr(self, flag) < 0:
-                raise UsageError(f"--{flag} must not be negative; got {getattr(self, flag)}")
+        for name in ("seed", "reserved_tokens"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"--{name} must not be negative; got {getattr(self, name)}")
         for length in self.lengths:
             self.context_length(length)
 
@@ -103,21 +103,39 @@ class GenerationSettings:
         return {name: build_task(name, tokenizer, background=background, **given) for name in dict.fromkeys(self.task)}
 
 
-@dataclass(frozen=True)
-class BuildSettings(GenerationSettings):
+@dataclass(kw_only=True)
+class BuildSettings(GenerationSettings, QuestionOptions):
     """What `lrmt data build` is asked to do."""
 
-    output_dir: str = ""
-    num_samples: int = 100
-    format: str = "parquet"
-    question_position: str = "last"
-    num_workers: int = 1
+    title: ClassVar[str] = "flags"
+    description: ClassVar[str] = """\
+Writes samples with the columns input, question, target: facts of a question, in order, between sentences of background
+text. Configuration = length, split = task, as the public sets have it:
+  datasets.load_dataset(OUTPUT_DIR, "4k", split="qa1")
+
+Facts and background have exactly --reserved_tokens tokens less than a length says, counted by --tokenizer; 0k is facts
+alone. A sample depends on seed, split, task, length and index alone. Started again, it keeps the files that are there;
+further --task and --lengths join them. The background is tokenised once, and cached in $LRMT_CACHE or ~/.cache/lrmt.
+"""
+    examples: ClassVar[str] = """\
+examples:
+  lrmt data build --task qa1 qa2 qa3 --lengths 0k 4k 128k 1M --background_dir books --output_dir data/babilong
+  lrmt data build --task qa1 qa5 --lengths 4k --babi_dir tasks_1-20_v1-2/en-10k --tokenizer gpt2 --output_dir data/qa
+  lrmt data build --task qa1 --lengths 4k --split train --num_samples 1000 --format chat --output_dir data/chat
+"""
+
+    output_dir: str = flag(help="New, empty, or of an earlier build with these settings.", metavar="DIR")
+    num_samples: int = flag(
+        100, "Samples of each task and length; of a bAbI file no more than it has, except for split train.", "N"
+    )
+    format: str = flag("parquet", "Format: parquet, jsonl or chat, which alone has a --question_position.", "NAME")
+    num_workers: int = flag(1, "Processes; the files are the same.", "N")
 
     def __post_init__(self):
         super().__post_init__()
-        for flag in ("num_samples", "num_workers"):
-            if getattr(self, flag) < 1:
-                raise UsageError(f"--{flag} must be at least 1; got {getattr(self, flag)}")
+        for name in ("num_samples", "num_workers"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"--{name} must be at least 1; got {getattr(self, name)}")
         if self.format not in FORMATS:
             got = f"{self.format!r}{suggest(self.format, FORMATS)}"
             raise UsageError(f"--format must be one of {', '.join(FORMATS)}; got {got}")

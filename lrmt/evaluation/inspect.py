@@ -8,9 +8,9 @@ import torch
 
 from lrmt.errors import UsageError
 from lrmt.evaluation.contenders import decode_answer, pad_token_id
+from lrmt.evaluation.inspection import InspectionSettings
 from lrmt.evaluation.plots import draw_retrieval
 from lrmt.evaluation.run import load_on_device, load_tokenizer, read_config
-from lrmt.evaluation.settings import InspectionSettings
 from lrmt.files import to_json, write_whole
 from lrmt.tasks.base import Pieces
 

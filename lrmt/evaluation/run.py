@@ -16,7 +16,7 @@ from lrmt.evaluation.contenders import build_contenders, build_endpoint_contende
 from lrmt.evaluation.grid import Answer, KeptAnswers, measure_cell
 from lrmt.evaluation.plots import draw_depths, draw_heatmap
 from lrmt.evaluation.results import ResultsFolder, format_table
-from lrmt.evaluation.settings import READING, Cell, EvaluationSettings
+from lrmt.evaluation.settings import Cell, EvaluationSettings
 from lrmt.models import LongContextConfig
 from lrmt.tasks.background import Background, open_background
 from lrmt.tasks.dataset import DatasetTask, StoredTask
@@ -211,9 +211,12 @@ def load_on_device(settings):
     """The model on this rank's GPU, or on the CPU where there is none."""
     device = PartialState().device if torch.cuda.is_available() else torch.device("cpu")
     device_map = None if device.type == "cpu" else {"": device}
-    reading = {name: getattr(settings, name) for name in READING if getattr(settings, name) is not None}
     model = lrmt.load(
-        settings.adapter_path, load_in_4bit=settings.load_in_4bit, device_map=device_map, **reading
+        settings.adapter_path,
+        load_in_4bit=settings.load_in_4bit,
+        model_name_or_path=settings.model_name_or_path,
+        device_map=device_map,
+        **settings.reading,
     ).eval()
     return model if hasattr(model, "disable_adapter") else model.to(device)
 

@@ -13,7 +13,7 @@ def option(default, help: str):
     return field(default=default, metadata={"help": help})
 
 
-@dataclass
+@dataclass(kw_only=True)
 class StoryOptions:
     """bAbI's stories."""
 
@@ -26,7 +26,7 @@ class StoryOptions:
     max_n_facts: int | None = option(None, "Leave out bAbI stories with more facts than this.")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class BackgroundOptions:
     """The text that hides the facts."""
 
@@ -42,21 +42,21 @@ class BackgroundOptions:
     )
 
 
-@dataclass
+@dataclass(kw_only=True)
 class RepeatOptions:
     """Books that are shorter than a text. Training begins them again."""
 
     repeat_background: bool = option(False, "Begin again where the books end before a text is full.")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class QuestionOptions:
     """Where the question stands."""
 
     question_position: str = option("last", "Where the question stands: last, first or both.")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class SpanOptions:
     """Where the facts lie."""
 
@@ -65,7 +65,7 @@ class SpanOptions:
     depth: float | None = option(None, "Share (0..1) of the background before the first fact; default: any.")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class EarlyOptions:
     """Where the facts of training texts lie."""
 
@@ -74,7 +74,7 @@ class EarlyOptions:
     )
 
 
-@dataclass
+@dataclass(kw_only=True)
 class PasskeyOptions:
     """The pass key."""
 
@@ -84,7 +84,7 @@ class PasskeyOptions:
     )
 
 
-@dataclass
+@dataclass(kw_only=True)
 class RowOptions:
     """Stored rows."""
 
@@ -99,7 +99,7 @@ class RowOptions:
     )
 
 
-@dataclass
+@dataclass(kw_only=True)
 class TextOptions:
     """Plain text."""
 

@@ -28,7 +28,7 @@ from lrmt.training.trainer import LongContextTrainer
 
 def train(
     model_class: type[LongContextModel],
-    method_args,
+    settings: dict,
     model_args: ModelArguments,
     task_args: TaskArguments,
     curriculum_args: CurriculumArguments,
@@ -37,7 +37,7 @@ def train(
     """Trains a memory adapter through its curriculum and saves it to `output_dir`.
 
     Args:
-        model_class: the memory method. method_args: a dataclass of its config's fields.
+        model_class: the memory method. settings: fields of its config class.
 
     Returns:
         The trainer, or None after `--dry_run`.
@@ -45,7 +45,6 @@ def train(
     Raises:
         UsageError: bad input, found before anything is written.
     """
-    settings = as_dict(method_args)
     curriculum = Curriculum(
         stages=curriculum_args.curriculum_stages,
         max_steps=curriculum_args.stage_max_steps,
@@ -64,7 +63,7 @@ def train(
         return None
     checkpoint = find_checkpoint(training_args.output_dir, training_args.resume_from_checkpoint)
     resumed_here = _check_output_dir(training_args, checkpoint)
-    arguments = _arguments(method_args, model_args, task_args, curriculum_args, training_args)
+    arguments = _arguments(settings, model_args, task_args, curriculum_args, training_args)
     identity = _identity(settings, model_args, task_args, training_args)
     set_seed(training_args.seed)
     name, revision = model_args.model_name_or_path, model_args.model_revision
@@ -146,7 +145,7 @@ def _build_task(task_args: TaskArguments, tokenizer, split: str, segment_length:
         early_facts_share=task_args.early_facts_share,
         dataset_path=task_args.dataset_name,
         dataset_config=task_args.dataset_config,
-        dataset_split=task_args.dataset_train_split,
+        dataset_split=task_args.dataset_split or "train",
         text_path=task_args.text_path,
     )
 
@@ -199,9 +198,9 @@ def _identity(
     return shape | lora | task | {"per_device_train_batch_size × accumulation × ranks": batch}
 
 
-def _arguments(method_args, model_args, task_args, curriculum_args, training_args: TrainingArguments) -> dict:
+def _arguments(settings: dict, model_args, task_args, curriculum_args, training_args: TrainingArguments) -> dict:
     """Every setting that is not a default of transformers' own, readable and usable as `--config`."""
-    given = as_dict(method_args, model_args, task_args, curriculum_args)
+    given = settings | as_dict(model_args, task_args, curriculum_args)
     of_this_start = [
         "output_dir",
         "resume_from_checkpoint",

@@ -42,6 +42,7 @@ class LandmarkConfig(LongContextConfig):
 
     model_type = "landmark"
     reading_settings: ClassVar[tuple[str, ...]] = ("top_k", "retrieval", "offload_blocks")
+    placement_settings: ClassVar[tuple[str, ...]] = ("offload_blocks",)
 
     block_length: int = setting(64, "Positions per block K: K-1 tokens and their landmark.")
     context_length: int = setting(2048, "Tokens per training text, the unit of --curriculum_stages; bounds positions.")
