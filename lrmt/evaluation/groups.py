@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from lrmt.errors import UsageError, suggest
+from lrmt.files import fingerprint
 from lrmt.flags import flag
 from lrmt.tasks.names import GENERATED, KNOWN_HAYSTACKS
 from lrmt.tasks.options import (
@@ -184,7 +185,7 @@ class OutputFlags:
 
     output_dir: str | None = flag(
         None,
-        "Folder of the files (default: one in the adapter's: evaluation, perplexity, harness or inspection).",
+        "Folder of the files (default: evaluation, perplexity, harness or inspection in the adapter's; of one of the Hub, in runs/NAME).",
         "DIR",
     )
     overwrite: bool = flag(False, "Replace what of other settings is in --output_dir.")
@@ -237,3 +238,11 @@ def check_rows(dataset_name: str) -> bool:
     if of_one_file and not Path(dataset_name).is_file():
         raise UsageError(f"--dataset_name {dataset_name} does not exist; its columns: input, question, target")
     return of_one_file
+
+
+def fingerprint_rows(path) -> str | None:
+    """A digest of the file; of a folder, of what `lrmt data build` says of it, which further files do not change, or its place."""
+    if path is None or not Path(path).is_dir():
+        return fingerprint(path)
+    build = Path(path) / "build.json"
+    return fingerprint(build) if build.is_file() else str(Path(path).resolve())

@@ -68,9 +68,8 @@ class OpeningSettings:
         return cls
 
     @classmethod
-    def refuse(cls, others: list[str]) -> str:
-        """What is said of flags of other modes."""
-        raise NotImplementedError
+    def refuse(cls, others: list[str]) -> None:
+        """Raises UsageError for flags of other modes that would be misread here; the rest changes nothing."""
 
     @classmethod
     def parse(cls, words: Sequence[str], program: str) -> tuple[type, dict[str, object]]:
@@ -84,8 +83,7 @@ class OpeningSettings:
         mode = cls.choose(given)
         own = {f.name for f in fields(mode)}
         others = [n for n, one in flags.flags.items() if n in given and n not in own and given[n] != one.default]
-        if others:
-            raise UsageError(mode.refuse([f"--{name}" for name in others]))
+        mode.refuse([f"--{name}" for name in others])
         return mode, given | {"reading": reading}
 
     @classmethod

@@ -26,6 +26,7 @@ from lrmt.evaluation.groups import (
     check_rows,
     check_seed,
     check_tasks,
+    fingerprint_rows,
 )
 from lrmt.evaluation.metrics import RULES
 from lrmt.evaluation.opening import OpeningSettings, method_settings
@@ -266,7 +267,8 @@ example:
 
     @classmethod
     def refuse(cls, others):
-        return f"--dataset_name takes the rows as they are; leave out {', '.join(others)}"
+        if "--depths" in others:
+            raise UsageError("--dataset_name takes the rows as they are; leave out --depths")
 
     def check(self):
         self.check_baselines()
@@ -306,7 +308,10 @@ example:
 
     @classmethod
     def refuse(cls, others):
-        return f"--task perplexity stands alone; got {' '.join(others)} too. Give it a command of its own"
+        if others := [name for name in others if name in ("--dataset_name", *GENERATED)]:
+            raise UsageError(
+                f"--task perplexity stands alone; got {' '.join(others)} too. Give it a command of its own"
+            )
 
     def check(self):
         for name in self.baseline:
@@ -318,8 +323,7 @@ example:
             raise UsageError(
                 f"--text_path is of --task perplexity; got {got}. Leave --text_path out, or name that task"
             )
-        if others := [name for name in self.task if name != "perplexity"]:
-            raise UsageError(self.refuse(others))
+        self.refuse([name for name in self.task if name != "perplexity"])
         if not self.text_path:
             raise UsageError(
                 "--task perplexity needs --text_path; got none. Name a folder of .txt files, a .txt or .jsonl file or a Hub id"
@@ -352,15 +356,19 @@ example:
 
     @classmethod
     def refuse(cls, others):
+        if others:
+            cls._refuse(f"{', '.join(others)} too")
+
+    @classmethod
+    def _refuse(cls, got: str):
         own = [f.name for f in fields(cls) if "help" in f.metadata and not f.name.startswith("harness")]
-        return (
-            f"--harness NAME… stands alone, with --harness_data, --harness_prompt and {', '.join(own)}; got "
-            f"{', '.join(others)} too"
+        raise UsageError(
+            f"--harness NAME… stands alone, with --harness_data, --harness_prompt and {', '.join(own)}; got {got}"
         )
 
     def check(self):
         if not self.harness:
-            raise UsageError(self.refuse(["--harness_data or --harness_prompt alone"]).removesuffix(" too"))
+            self._refuse("--harness_data or --harness_prompt alone")
         super().check()
 
     def options(self) -> dict:
@@ -391,11 +399,3 @@ def name_length(text: str, segment_length: int) -> tuple[int, str]:
     """Tokens of a length in whole segments, and its name."""
     tokens = parse_segments(text, segment_length) * segment_length
     return tokens, str(tokens) if text.isdigit() else spell_length(text)
-
-
-def fingerprint_rows(path) -> str | None:
-    """A digest of the file; of a folder, of what `lrmt data build` says of it, which further files do not change, or its place."""
-    if path is None or not Path(path).is_dir():
-        return fingerprint(path)
-    build = Path(path) / "build.json"
-    return fingerprint(build) if build.is_file() else str(Path(path).resolve())
