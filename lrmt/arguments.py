@@ -23,6 +23,7 @@ from lrmt.tasks.options import (
     StoryOptions,
     TextOptions,
 )
+from lrmt.unsupported import MODEL, TRAINING, refuse_unsupported, refuse_values
 
 
 def _check_counts(arguments, *names: str) -> None:
@@ -56,6 +57,7 @@ class ModelArguments(TrlModelConfig):
     )
 
     def __post_init__(self):
+        refuse_unsupported(self, MODEL)
         if self.load_in_8bit:
             raise UsageError("`--load_in_8bit` is not supported; got True. Use `--load_in_4bit` or neither")
         if self.dtype not in ("bfloat16", "float32", "float16"):
@@ -157,8 +159,18 @@ class TrainingArguments(HfTrainingArguments):
     )
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN losses (they stop training here)."})
     report_to: str | list[str] = field(default="none", metadata={"help": "tensorboard, wandb, trackio, … or none."})
+    hub_strategy: str = field(default="end", metadata={"help": "When --push_to_hub pushes: at the end, once."})
+    load_best_model_at_end: bool = field(
+        default=False,
+        metadata={"help": "Keep the best model of the last stage, by --metric_for_best_model, not the last."},
+    )
+    metric_for_best_model: str | None = field(
+        default=None, metadata={"help": "loss (default) or accuracy, held out on the stage's longest texts."}
+    )
 
     def __post_init__(self):
+        refuse_unsupported(self, TRAINING)
+        refuse_values(self)
         _check_counts(
             self,
             "per_device_train_batch_size",
@@ -173,6 +185,8 @@ class TrainingArguments(HfTrainingArguments):
         if self.use_cpu:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         super().__post_init__()
+        if self.use_cpu and (self.activation_checkpointing_kwargs or {}).get("offload"):
+            raise UsageError("`--activation_checkpointing_kwargs` offload moves to the CPU what is there: leave it out")
 
 
 def as_dict(*instances) -> dict:

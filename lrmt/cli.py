@@ -83,6 +83,9 @@ def quiet_libraries():
     import logging
     import warnings
 
+    from lrmt.progress import quiet_bars
+
+    quiet_bars()
     warnings.filterwarnings("ignore", module="bitsandbytes")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

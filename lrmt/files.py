@@ -67,7 +67,8 @@ def filling(folder: str | os.PathLike, last: str | None = None) -> Iterator[Path
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    # inside, where it is there already: it may be a file system of its own, which nothing can be renamed into
+    temporary = Path(tempfile.mkdtemp(dir=folder if folder.is_dir() else folder.parent, prefix=f".{folder.name}."))
     try:
         yield temporary
         folder.mkdir(exist_ok=True)
@@ -84,6 +85,14 @@ def told_as(flag: str, path: str | os.PathLike) -> Iterator[None]:
         yield
     except OSError as error:
         raise UsageError(f"{flag} {path} cannot be written ({error.strerror or error}); name another") from None
+
+
+def check_writable(folder: str | os.PathLike, flag: str = "--output_dir") -> None:
+    """Raises UsageError where `folder` could not be filled: before work is put into it. Nothing is left there."""
+    folder = Path(folder).absolute()
+    place = next(path for path in (folder, *folder.parents) if path.exists())
+    with told_as(flag, folder), tempfile.TemporaryDirectory(dir=place):
+        pass
 
 
 def write_files(folder: str | os.PathLike, files: dict[str, str | bytes], flag: str = "--output_dir") -> None:

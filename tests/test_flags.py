@@ -20,7 +20,7 @@ from lrmt.errors import UsageError
 from lrmt.evaluation.settings import EvaluationSettings
 from lrmt.flags import Flags, Group, build, flag, groups_of, parse_arguments
 from lrmt.models import METHODS, LongContextConfig, RmtForCausalLM
-from lrmt.models.base import setting
+from lrmt.models.config import setting
 from lrmt.tasks.options import EarlyOptions, RepeatOptions, SpanOptions, TaskOptions, TextOptions
 from lrmt.training.recipe import parse_recipe
 

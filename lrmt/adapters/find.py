@@ -7,40 +7,80 @@ import re
 from importlib.resources import files
 from pathlib import Path
 
+from safetensors import safe_open
+
 from lrmt.errors import UsageError, one_line
 from lrmt.files import listing
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "config.json")
+FLAG = "`--model_name_or_path`"
+POINTER = b"version https://git-lfs"
 
 
 def find_adapter(path_or_hub_id: str | os.PathLike, flag: str = "--adapter_path") -> Path:
     """The folder of an adapter or a merged checkpoint; one of the Hub is downloaded, or taken from the cache.
 
     Raises:
-        UsageError: neither a folder nor on the Hub, or a folder without a config.json.
+        UsageError: neither a folder nor on the Hub; a folder without a config.json, with half an adapter, or with files that
+            git-lfs left out or that were cut off.
     """
     path = Path(path_or_hub_id)
-    if not path.exists() and is_hub_id(path_or_hub_id):
-        path = _download(str(path_or_hub_id), flag)
-    if not path.is_dir():
-        parent = path.parent if path.parent.is_dir() else Path(".")
-        there = ", ".join(sorted(p.name for p in parent.iterdir() if p.is_dir())[:8]) or "no folders"
-        problem = "that is a file" if path.exists() else f"no such folder ({parent} holds {there})"
+    try:
+        if not path.exists() and is_hub_id(path_or_hub_id):
+            path = _download(str(path_or_hub_id), flag)
+        if not path.is_dir():
+            parent = path.parent if path.parent.is_dir() else Path(".")
+            there = ", ".join(sorted(p.name for p in parent.iterdir() if p.is_dir())[:8]) or "no folders"
+            problem = "that is a file" if path.exists() else f"no such folder ({parent} holds {there})"
+            raise UsageError(
+                f"{flag} must be a folder that training or merging wrote, or a Hub id; got {path_or_hub_id}, which is no "
+                f"adapter: {problem}"
+            )
+        missing = [name for name in ADAPTER_FILES if not (path / name).is_file()]
+        if "config.json" in missing:
+            raise UsageError(
+                f"{flag} {path_or_hub_id} has no config.json, so it is no lrmt model: not a whole adapter, "
+                f"{' and '.join(missing)} missing (it holds: {listing(path)})"
+            )
+        if len(missing) == 1:  # with both missing it is a merged checkpoint
+            raise UsageError(f"{flag} {path_or_hub_id}: not a whole adapter, {missing[0]} missing")
+        check_files(path, flag)
+    except UsageError:
+        raise
+    except (OSError, ValueError) as error:  # no permission, or a name that no file can have
+        told, why = str(path_or_hub_id)[:200], getattr(error, "strerror", None) or error
         raise UsageError(
-            f"{flag} must be a folder that training or merging wrote, or a Hub id; got {path_or_hub_id}, which is no adapter: "
-            f"{problem}"
-        )
-    if not (path / "config.json").is_file():
-        raise UsageError(
-            f"{flag} {path_or_hub_id} has no config.json, so it is no lrmt model: not a whole adapter, "
-            f"{' and '.join(missing_files(path))} missing (it holds: {listing(path)})"
-        )
+            f"{flag} {told} cannot be read ({why}); name a folder that training or merging wrote"
+        ) from None
     return path
 
 
-def missing_files(folder: Path) -> list[str]:
-    """Files that an adapter's folder lacks."""
-    return [name for name in ADAPTER_FILES if not (folder / name).is_file()]
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder that `find_adapter` found holds an adapter; else it is a merged checkpoint."""
+    return (folder / "adapter_config.json").is_file()
+
+
+def check_files(folder: str | os.PathLike, flag: str, weights: bool = True) -> None:
+    """Raises `UsageError` for a file that git-lfs left out, and for `weights` that were cut off; of a Hub id there is nothing to see."""
+    kinds = (".json", ".model", ".safetensors", ".bin") if weights else (".json", ".model")
+    for path in sorted(Path(folder).glob("*")):
+        if path.suffix not in kinds or not path.is_file():
+            continue
+        try:
+            with open(path, "rb") as file:
+                start = file.read(len(POINTER))
+            if start != POINTER and path.suffix == ".safetensors":
+                with safe_open(path, "np"):
+                    pass
+        except Exception as error:
+            raise UsageError(
+                f"{flag} {folder}: {path.name} is cut off or cannot be read ({one_line(error)}); copy or download it again"
+            ) from None
+        if start == POINTER:
+            raise UsageError(
+                f"{flag} {folder}: {path.name} is a pointer of git-lfs, not the file itself; say `git lfs pull` there, or "
+                "download it again"
+            )
 
 
 def is_hub_id(name: str | os.PathLike) -> bool:
@@ -60,20 +100,43 @@ def _download(hub_id: str, flag: str) -> Path:
         ) from None
 
 
+# ---------------------------------------------------------------------- backbones
+
+
 def shipped_backbones() -> list[str]:
     """Names of the tiny backbones that come with the package."""
     return sorted(p.name for p in Path(str(files("lrmt") / "assets")).glob("tiny-*") if (p / "config.json").exists())
 
 
-def resolve_backbone(name: str, flag: str = "`--model_name_or_path`") -> str:
+def resolve_backbone(name: str | os.PathLike, flag: str = FLAG) -> str:
     """A shipped backbone's folder, or the Hub id or folder as given; raises `UsageError` for a folder without a model."""
     if name in shipped_backbones():
         return str(files("lrmt") / "assets" / name)
     path = Path(name)
-    if path.exists() and not (path / "config.json").is_file():
-        there = listing(path) if path.is_dir() else "a file"
-        raise UsageError(f"{flag} {name}: no config.json there (found: {there})")
-    if not path.exists() and not is_hub_id(name):
+    try:
+        there = path.exists()
+    except OSError as error:
+        raise UsageError(f"{flag} {str(name)[:200]} cannot be read ({error.strerror}); name another folder") from None
+    if there and not (path / "config.json").is_file():
+        found = listing(path) if path.is_dir() else "a file"
+        raise UsageError(f"{flag} {name}: no config.json there (found: {found})")
+    if not there and not is_hub_id(name):
         shipped = ", ".join(shipped_backbones())
         raise UsageError(f"{flag} {name}: no such folder, nor a backbone that ships with lrmt ({shipped})")
+    return str(name)
+
+
+def find_backbone(adapter: Path, name: str | None) -> str:
+    """What `resolve_backbone` takes for the `name` that an adapter's config has of its backbone.
+
+    A folder that is not there seen from here is looked for from each folder above the adapter: training may have run in one.
+    """
+    if not isinstance(name, str):
+        raise UsageError(f"--adapter_path {adapter}: config.json names no backbone; say where it is with {FLAG}")
+    if not Path(name).exists() and name not in shipped_backbones():
+        for folder in adapter.resolve().parents:
+            if (folder / name / "config.json").is_file():
+                return str(folder / name)
+        if not is_hub_id(name):
+            raise UsageError(f"--adapter_path {adapter}: its backbone {name} is not here; say where it is with {FLAG}")
     return name

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from tqdm import tqdm
-
 import lrmt
-from lrmt.errors import UsageError, one_line, suggest
+from lrmt.adapters.backbone import open_tokenizer
+from lrmt.errors import UsageError, suggest
 from lrmt.files import digest, replacing, to_json, write_whole
 from lrmt.flags import flag
 from lrmt.lengths import parse_tokens, spell_length
+from lrmt.progress import progress
 from lrmt.tasks.background import open_background
 from lrmt.tasks.cache import fingerprint_tokenizer
 from lrmt.tasks.haystack import HaystackTask, Row
@@ -78,7 +78,7 @@ class GenerationSettings(StoryOptions, BackgroundOptions, RepeatOptions, SpanOpt
 
     def open_tasks(self) -> dict[str, HaystackTask]:
         """The tasks by name, over one background that is long enough for every length."""
-        tokenizer = load_tokenizer(self.tokenizer or str(TINY_TOKENIZER))
+        tokenizer = open_tokenizer(self.tokenizer or str(TINY_TOKENIZER))
         longest = max(map(self.context_length, self.lengths))
         background = open_background(
             tokenizer,
@@ -178,7 +178,7 @@ def build(settings: BuildSettings) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / IDENTITY, to_json(identity))
     missing = sorted((s for s in shards if not s.path.exists()), key=lambda s: -parse_tokens(s.length))
-    with tqdm(total=sum(s.last - s.first for s in missing), unit="sample", disable=None) as bar:
+    with progress(sum(s.last - s.first for s in missing), "sample") as bar:
         for shard in _run(settings, tasks, missing):
             bar.update(shard.last - shard.first)
     write_whole(folder / "README.md", _card(folder, identity))
@@ -329,14 +329,3 @@ def _card(folder: Path, identity: dict) -> str:
         "",
     ]
     return "\n".join(lines)
-
-
-def load_tokenizer(name: str):
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"--tokenizer {name} cannot be loaded ({one_line(error)}); name a folder or a Hub id"
-        ) from None

@@ -2,8 +2,9 @@
 
 import asyncio
 import os
+import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lrmt.errors import UsageError, one_line
 from lrmt.evaluation.babilong.prompts import NEW_TOKENS
@@ -28,6 +29,26 @@ class Cost:
         return f"{self.requests:,} requests, about {self.input_tokens:,} tokens in and at most {self.output_tokens:,} out{price}"
 
 
+@dataclass(frozen=True)
+class Form:
+    """How an endpoint wants to be asked: what it calls the tokens that may be said, and whether it takes a temperature."""
+
+    limit: str = "max_tokens"
+    temperature: bool = True
+
+    def arguments(self, max_new_tokens: int) -> dict:
+        return {self.limit: max_new_tokens} | ({"temperature": 0} if self.temperature else {})
+
+    def other(self, error) -> "Form | None":
+        """The form that a refusal (openai.BadRequestError) of this one asks for; None if it refuses something else."""
+        names_limit = error.param == "max_tokens" or "use 'max_completion_tokens'" in str(error).lower()
+        if names_limit and self.limit == "max_tokens":
+            return replace(self, limit="max_completion_tokens")
+        if (names_limit or error.param == "temperature") and self.temperature:
+            return replace(self, temperature=False)
+        return None
+
+
 class Endpoint:
     """`answer` and `estimate_cost` for one model.
 
@@ -39,7 +60,9 @@ class Endpoint:
             seconds, or as long as Retry-After says (at most two minutes).
 
     `failure` tells, in one line, what the first prompt of the last `ask` that failed did so of; None if all were answered.
+    An answer that was cut before anything was said, or within its thoughts, failed; finished thoughts are no part of one.
     When as many prompts as are in flight (PATIENCE at least) failed in a row the endpoint is given up: nothing is asked any more.
+    `form`: as it was asked last with success.
     Raises UsageError where there is no client, key or address.
     """
 
@@ -60,6 +83,7 @@ class Endpoint:
         self.base_url = base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
         self.api_key = api_key or os.environ.get("OPENAI_API_KEY")
         self.failure: str | None = None
+        self.form = Form()
         self._failed_in_a_row, self._reason = 0, None
         if not self.api_key:
             raise UsageError("OPENAI_API_KEY is not set; export it (any word will do for a server that asks for none)")
@@ -109,26 +133,53 @@ class Endpoint:
     async def _ask(self, client, prompt, max_new_tokens) -> str | None:
         from openai import OpenAIError
 
-        request = client.chat.completions.create(
-            model=self.model,
-            messages=[{"role": "user", "content": prompt}],
-            temperature=0,
-            max_tokens=max_new_tokens,
-        )
         # the client's timeout starts again with each byte: a server that drips would never reach it
         deadline = (self.max_retries + 1) * (self.timeout + LONGEST_BACKOFF)
         try:
-            reply = await asyncio.wait_for(request, deadline)
-            text = reply.choices[0].message.content
-            if isinstance(text, str):
-                return text
-            self._fail(f"an answer without text (finish_reason {reply.choices[0].finish_reason!r})")
+            reply = await asyncio.wait_for(self._complete(client, prompt, max_new_tokens), deadline)
+            (choice, *_) = reply.choices
+            return self._read(choice.message.content, choice.finish_reason, max_new_tokens)
         except asyncio.TimeoutError:  # noqa: UP041, one and the same only from Python 3.11 on
             self._fail(f"no whole answer within {deadline:.0f} seconds")
         except OpenAIError as error:
             self._fail(one_line(error), getattr(error, "status_code", None) in OF_THE_PROMPT)
         except (AttributeError, IndexError, TypeError, ValueError):
             self._fail("an answer that is no chat completion")
+        return None
+
+    async def _complete(self, client, prompt, max_new_tokens):
+        """The endpoint's reply, in the form that it takes."""
+        from openai import BadRequestError
+
+        form = self.form
+        while True:
+            try:
+                reply = await client.chat.completions.create(
+                    model=self.model,
+                    messages=[{"role": "user", "content": prompt}],
+                    **form.arguments(max_new_tokens),
+                )
+            except BadRequestError as error:
+                form = form.other(error)
+                if form is None:
+                    raise
+            else:
+                self.form = form
+                return reply
+
+    def _read(self, text, finish_reason, max_new_tokens) -> str | None:
+        """What is said behind finished thoughts; None, and a failure, where nothing is or where the thoughts have no end."""
+        said = strip_thoughts(text) if isinstance(text, str) else ""
+        thinking = "<think>" in said
+        if finish_reason == "length" and (thinking or not said.strip()):
+            remedy = "a model that thinks before it answers needs more: raise --api_max_tokens"
+            self._fail(f"an answer cut after {max_new_tokens} tokens, before anything was said; {remedy}")
+        elif thinking:
+            self._fail(f"an answer that ends within its thoughts (finish_reason {finish_reason!r})")
+        elif not isinstance(text, str):
+            self._fail(f"an answer without text (finish_reason {finish_reason!r})")
+        else:
+            return said.encode("utf-8", "replace").decode()  # JSON may hold halves of characters, which no file takes
         return None
 
     def estimate_cost(
@@ -151,3 +202,8 @@ class Endpoint:
         if input_price is not None or output_price is not None:
             price = (tokens_in * (input_price or 0) + tokens_out * (output_price or 0)) / 1e6
         return Cost(requests, tokens_in, tokens_out, price)
+
+
+def strip_thoughts(text: str) -> str:
+    """The text without finished thoughts, `<think>…</think>`; some endpoints keep the opening tag back."""
+    return re.sub(r"^.*</think>\s*", "", re.sub(r"<think>.*?</think>\s*", "", text, flags=re.DOTALL), flags=re.DOTALL)

@@ -8,8 +8,9 @@ import torch
 from accelerate import PartialState
 from torch.nn import functional as F
 
-from lrmt.evaluation.api import Endpoint
+from lrmt.evaluation.api import Cost, Endpoint
 from lrmt.evaluation.babilong.prompts import PARTS, TEMPLATE, build_prompt, prompt_parts
+from lrmt.evaluation.decoding import decode_answer, generating, greedy, pad_left, pad_token_id
 from lrmt.evaluation.rag import Retriever, bm25, context_ids, embedding_ranker
 from lrmt.evaluation.settings import DEFAULT_BASELINES
 from lrmt.models.streaming import StreamedBackbone, check_rotary
@@ -51,26 +52,37 @@ class Contender:
 
 
 class EndpointContender:
-    """A column answered by an `api.Endpoint`, under the name of its model, with a prompt for instruction-tuned models."""
+    """A column answered by an `api.Endpoint`, under the name of its model, with a prompt for instruction-tuned models.
 
-    def __init__(self, endpoint: Endpoint, tokenizer):
-        self.name, self.endpoint, self.tokenizer = endpoint.model, endpoint, tokenizer
+    `max_tokens`: what it may say, thoughts included (None: as much as everybody).
+    """
+
+    def __init__(self, endpoint: Endpoint, tokenizer, max_tokens: int | None = None):
+        self.name, self.endpoint, self.tokenizer, self.max_tokens = endpoint.model, endpoint, tokenizer, max_tokens
         self.pieces = Pieces(tokenizer)
 
     def prompt(self, example: Example) -> str:
-        context = self.tokenizer.decode(context_ids(example, self.pieces), skip_special_tokens=True)
+        context = self.tokenizer.decode(context_ids(example, self.pieces), skip_special_tokens=False)
         return build_prompt(example.task, context, example.question)
 
     def ask(self, examples: Iterable[Example], max_new_tokens: int, note: Callable[[int, str], None]) -> str | None:
         """As `Endpoint.ask`, examples being made as they can be asked; says why one went unanswered."""
-        self.endpoint.ask(map(self.prompt, examples), max_new_tokens, note)
+        self.endpoint.ask(map(self.prompt, examples), self.max_tokens or max_new_tokens, note)
         return self.endpoint.failure
 
     def describe_prompt(self, task, question_position="last"):
         return (*PARTS, "chat_template"), prompt_parts(task) | {"template": TEMPLATE}
 
     def describe_generation(self, max_new_tokens):
-        return {"max_new_tokens": max_new_tokens, "temperature": 0}
+        sampling = {"temperature": 0} if self.endpoint.form.temperature else {}
+        return {"max_new_tokens": self.max_tokens or max_new_tokens, **sampling}
+
+    def estimate_cost(self, typical: list[tuple[Example, int, int]], input_price=None, output_price=None) -> Cost:
+        """As `Endpoint.estimate_cost`, of an example, how many like it, and `max_new_tokens`."""
+        prompts = [
+            (self.prompt(example), count, self.max_tokens or new_tokens) for example, count, new_tokens in typical
+        ]
+        return self.endpoint.estimate_cost(prompts, input_price, output_price)
 
 
 def build_contenders(model, names=DEFAULT_BASELINES, *, tokenizer=None, rag: dict | None = None) -> list[Contender]:
@@ -80,70 +92,96 @@ def build_contenders(model, names=DEFAULT_BASELINES, *, tokenizer=None, rag: dic
     the options of `Retriever` and `model` (whose embeddings rank; None: BM25).
     Raises UsageError for a backbone that a baseline cannot run on.
     """
-
-    def loss(input_ids, count):
-        labels = input_ids.clone()
-        labels[:, :-count] = -100
-        return row_losses(model(input_ids=input_ids, labels=labels).logits, input_ids[:, -count:])
-
-    trained = Contender(model.config.model_type, model.generate, loss)
+    trained = Contender(model.config.model_type, generating(model), measuring_loss(model))
     if not hasattr(model, "disable_adapter"):
         return [trained]
-    backbone, length = model.get_base_model().backbone, model.config.segment_length
-    positions, own_window = read_window(backbone)
+    bare = Bare(model, tokenizer, rag or {})
+    return [trained, *(BUILDERS[name](bare) for name in names if name in BUILDERS)]
 
-    def backbone_loss(input_ids, count):
-        logits = backbone(input_ids=input_ids, logits_to_keep=count + 1, use_cache=False).logits
-        return row_losses(logits[:, -count - 1 : -1].flatten(0, 1), input_ids[:, -count:])
 
-    def without_adapter(function):
+class Bare:
+    """What baselines are made of: `model` with its adapter disabled, and its backbone."""
+
+    def __init__(self, model, tokenizer, rag: dict):
+        self.model, self.tokenizer, self.rag = model, tokenizer, rag
+        self.backbone, self.segment_length = model.get_base_model().backbone, model.config.segment_length
+
+    def without_adapter(self, function: Callable) -> Callable:
+        """The function, run without the adapter."""
+
         def call(*arguments, **named):
-            with model.disable_adapter():
+            with self.model.disable_adapter():
                 return function(*arguments, **named)
 
         return call
+
+
+def build_untrained(bare: Bare) -> Contender:
+    return Contender(
+        "untrained", bare.without_adapter(generating(bare.model)), bare.without_adapter(measuring_loss(bare.model))
+    )
+
+
+def build_backbone(bare: Bare) -> Contender:
+    length, (positions, _) = bare.segment_length, read_window(bare.backbone)
+
+    def loss(input_ids, count):
+        logits = bare.backbone(input_ids=input_ids, logits_to_keep=count + 1, use_cache=False).logits
+        return row_losses(logits[:, -count - 1 : -1].flatten(0, 1), input_ids[:, -count:])
 
     def end_of_text(example, max_new_tokens):
         room = length if positions is None else min(length, positions - max_new_tokens)
         return example.prompt_ids[-room:]
 
-    def full():
-        check_rotary(backbone, "leave full out")
-        return Contender("full", without_adapter(backbone.generate))
+    return Contender(
+        "backbone",
+        bare.without_adapter(generating(bare.backbone)),
+        bare.without_adapter(loss),
+        window=length,
+        show=end_of_text,
+        shown=f"the last {length} tokens",
+    )
 
-    def streamed(name, recurrence):
-        return Contender(name, without_adapter(StreamedBackbone(backbone, length, recurrence).generate))
 
-    def retrieving():
-        options = dict(rag or {})
-        ranker = options.pop("model", None)
-        rank = embedding_ranker(ranker, str(model.device)) if ranker else bm25
-        show = Retriever(tokenizer, own_window or length, rank=rank, **options)
-        what = show.chunks if show.chunks == "sentences" else f"{show.chunks} tokens each"
+def build_full(bare: Bare) -> Contender:
+    check_rotary(bare.backbone, "leave full out")
+    return Contender("full", bare.without_adapter(generating(bare.backbone)))
+
+
+def build_streamed(name: str, recurrence: str) -> Callable[[Bare], Contender]:
+    def build(bare):
         return Contender(
-            "rag",
-            without_adapter(backbone.generate),
-            show=show,
-            template="{passages} {question}",
-            shown=f"the {show.top_k} best passages ({what}) by {ranker or 'BM25'}, in order of {show.order}",
+            name, bare.without_adapter(StreamedBackbone(bare.backbone, bare.segment_length, recurrence).generate)
         )
 
-    build = {
-        "untrained": lambda: Contender("untrained", without_adapter(model.generate), without_adapter(loss)),
-        "backbone": lambda: Contender(
-            "backbone",
-            without_adapter(backbone.generate),
-            without_adapter(backbone_loss),
-            window=length,
-            show=end_of_text,
-            shown=f"the last {length} tokens",
-        ),
-        "full": full,
-        "sliding_window": lambda: streamed("sliding_window", "window"),
-        "xl": lambda: streamed("xl", "segment"),
-        "rag": retrieving,
-    }
-    return [trained, *(build[name]() for name in names if name in build)]
+    return build
+
+
+def build_rag(bare: Bare) -> Contender:
+    options = dict(bare.rag)
+    ranker = options.pop("model", None)
+    rank = embedding_ranker(ranker, str(bare.model.device)) if ranker else bm25
+    _, own_window = read_window(bare.backbone)
+    show = Retriever(bare.tokenizer, own_window or bare.segment_length, rank=rank, **options)
+    what = show.chunks if show.chunks == "sentences" else f"{show.chunks} tokens each"
+    return Contender(
+        "rag",
+        bare.without_adapter(generating(bare.backbone)),
+        show=show,
+        template="{passages} {question}",
+        shown=f"the {show.top_k} best passages ({what}) by {ranker or 'BM25'}, in order of {show.order}",
+    )
+
+
+#: what makes each of settings.BASELINES, but for the endpoint
+BUILDERS: dict[str, Callable[[Bare], Contender]] = {
+    "untrained": build_untrained,
+    "backbone": build_backbone,
+    "full": build_full,
+    "sliding_window": build_streamed("sliding_window", "window"),
+    "xl": build_streamed("xl", "segment"),
+    "rag": build_rag,
+}
 
 
 def build_endpoint_contender(settings, tokenizer) -> EndpointContender:
@@ -154,7 +192,7 @@ def build_endpoint_contender(settings, tokenizer) -> EndpointContender:
         timeout=settings.api_timeout,
         max_retries=settings.api_max_retries,
     )
-    return EndpointContender(endpoint, tokenizer)
+    return EndpointContender(endpoint, tokenizer, settings.api_max_tokens)
 
 
 def read_window(backbone) -> tuple[int | None, int | None]:
@@ -162,6 +200,17 @@ def read_window(backbone) -> tuple[int | None, int | None]:
     config = backbone.config.get_text_config()
     positions, window = (getattr(config, name, None) for name in ("max_position_embeddings", "sliding_window"))
     return positions, min(filter(None, (positions, window)), default=None)
+
+
+def measuring_loss(model) -> Callable[[torch.Tensor, int], torch.Tensor]:
+    """`Contender.loss` of a memory model."""
+
+    def loss(input_ids, count):
+        labels = input_ids.clone()
+        labels[:, :-count] = -100
+        return row_losses(model(input_ids=input_ids, labels=labels).logits, input_ids[:, -count:])
+
+    return loss
 
 
 def row_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -177,32 +226,6 @@ def answer(contender: Contender, prompts, tokenizer, max_new_tokens: int, device
         prompts = [ids[-contender.window :] for ids in prompts]
     input_ids, attention_mask = pad_left(prompts, pad_token_id(tokenizer))
     output = contender.generate(
-        input_ids=input_ids.to(device),
-        attention_mask=attention_mask.to(device),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=pad_token_id(tokenizer),
+        input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), **greedy(tokenizer, max_new_tokens)
     )
     return [decode_answer(ids, tokenizer) for ids in output[:, input_ids.shape[1] :].tolist()]
-
-
-def decode_answer(ids: list[int], tokenizer) -> str:
-    if tokenizer.eos_token_id in ids:
-        ids = ids[: ids.index(tokenizer.eos_token_id)]
-    return tokenizer.decode(ids, skip_special_tokens=True)
-
-
-def pad_left(prompts, pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Int arrays [P] to input_ids and attention_mask [B, max P], both int64."""
-    width = max(len(ids) for ids in prompts)
-    input_ids = torch.full((len(prompts), width), pad, dtype=torch.long)
-    attention_mask = torch.zeros_like(input_ids)
-    for row, ids in enumerate(prompts):
-        input_ids[row, width - len(ids) :] = torch.as_tensor(ids)
-        attention_mask[row, width - len(ids) :] = 1
-    return input_ids, attention_mask
-
-
-def pad_token_id(tokenizer) -> int:
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

@@ -1,59 +1,19 @@
-"""The measurement: every contender answers the same questions, task by task and length by length."""
-
-import json
-from collections.abc import Callable, Iterable
-from pathlib import Path
-from typing import NamedTuple
+"""The measurement: every contender answers the same questions, and the ranks share them."""
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from accelerate.utils.memory import should_reduce_batch_size
 
-from lrmt.errors import UsageError, one_line
+from lrmt.evaluation.answers import Answer, KeptAnswers, to_answer
 from lrmt.evaluation.babilong.prompts import count_new_tokens
 from lrmt.evaluation.contenders import Contender, EndpointContender
 from lrmt.evaluation.metrics import score
 from lrmt.evaluation.results import build_failed_record, build_record
-from lrmt.files import write_whole
+from lrmt.tasks.base import Example
 
 # The token ids of one batch are held at once: 2**24 of them are 128 MB. Longer texts come in smaller batches.
 MAX_BATCH_TOKENS = 2**24
-
-
-class Answer(NamedTuple):
-    """What a contender said to one example."""
-
-    index: int
-    target: str
-    output: str
-    question: str
-    task: str
-
-
-class KeptAnswers:
-    """What an endpoint answered to a cell so far, by index: a line of `path` each, so that no answer is paid for twice.
-
-    `fresh` forgets what is there. Only a process that is to `write` does so. Raises UsageError for a damaged file.
-    """
-
-    def __init__(self, path: Path, *, fresh: bool = False, write: bool = True):
-        self.path, self.write, self.answers = path, write, {}
-        if fresh and write:
-            path.unlink(missing_ok=True)
-        elif not fresh and path.is_file():
-            try:
-                lines = path.read_text(encoding="utf-8").splitlines()
-                self.answers = {answer.index: answer for answer in (Answer(**json.loads(line)) for line in lines)}
-            except (OSError, ValueError, TypeError) as error:
-                raise UsageError(f"{path} holds no answers ({one_line(error)}); remove it to ask again") from None
-
-    def add(self, answers: Iterable[Answer]) -> None:
-        self.answers |= {answer.index: answer for answer in answers}
-        if self.write:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            lines = [json.dumps(self.answers[index]._asdict()) + "\n" for index in sorted(self.answers)]
-            write_whole(self.path, "".join(lines))
 
 
 def measure_cell(
@@ -76,75 +36,93 @@ def measure_cell(
     Examples are made batch by batch and answered by all contenders, so memory does not grow with their number; an endpoint
     is asked at its own pace, and not for what it has `kept`. A contender without an answer to each of them has a failed
     record. Under several ranks each takes every n-th batch, and all return the same. `progress` (tqdm, or None) advances by
-    one for each answer of this rank.
+    one for each answer of this rank, and in the end by those of the others.
     """
-    state, new_tokens = PartialState(), count_new_tokens(task)
-    batch_size = max(1, min(batch_size, MAX_BATCH_TOKENS // max(length or 0, 1)))
-    starts = range(0, num_samples, batch_size)[state.process_index :: state.num_processes]
-    batches = [range(start, min(start + batch_size, num_samples)) for start in starts]
-    indices = [index for batch in batches for index in batch]
-    sizes, due = {}, len(indices) * len(contenders)
+    questions, new_tokens = Questions(task, length, num_samples, batch_size), count_new_tokens(task)
+    advance = Advance(progress, num_samples * len(contenders))
+    local = [contender for contender in contenders if isinstance(contender, Contender)]
+    answers = {contender.name: [] for contender in contenders}
+    failures = answer_locally(local, questions, answers, tokenizer, new_tokens, device, advance)
+    for contender in contenders:
+        if contender not in local:
+            failures[contender.name] = ask(contender, questions, answers[contender.name], new_tokens, kept, advance)
+    advance.finish()
+    mean_tokens = length if length is not None else questions.mean_tokens()
+    answers, failures = gather(answers, failures)
+    cell = (task.name, mean_tokens, -(-mean_tokens // segment_length))
+    records = [
+        build_cell_record(name, cell, given, num_samples, rule, failures.get(name)) for name, given in answers.items()
+    ]
+    return records, answers
 
-    def make(index):
-        example = task.example(index, length or 0)
-        sizes[index] = len(example.prompt_ids) + len(example.answer_ids)
+
+def share_batches(num_samples: int, batch_size: int, length: int) -> list[range]:
+    """The indices of this rank's batches: every n-th batch of all, smaller ones where texts of `length` tokens are long."""
+    ranks = PartialState()
+    batch_size = max(1, min(batch_size, MAX_BATCH_TOKENS // max(length, 1)))
+    starts = range(0, num_samples, batch_size)[ranks.process_index :: ranks.num_processes]
+    return [range(start, min(start + batch_size, num_samples)) for start in starts]
+
+
+class Questions:
+    """This rank's share of a cell's examples, made when they are asked for, and how long they are."""
+
+    def __init__(self, task, length: int | None, num_samples: int, batch_size: int):
+        self.task, self.length, self.num_samples = task, length, num_samples
+        self.batches = share_batches(num_samples, batch_size, length or 0)
+        self.indices = [index for batch in self.batches for index in batch]
+        self.sizes: dict[int, int] = {}
+
+    def make(self, index: int) -> Example:
+        example = self.task.example(index, self.length or 0)
+        self.sizes[index] = len(example.prompt_ids) + len(example.answer_ids)
         return example
 
-    def advance(name, count):
-        nonlocal due
-        due -= count
-        if progress is not None:
-            progress.set_postfix_str(name, refresh=False)
-            progress.update(count)
+    def mean_tokens(self) -> int:
+        """Of the examples of all ranks, those included that nobody was asked."""
+        for index in self.indices:
+            if index not in self.sizes:
+                self.make(index)
+        return round(sum(gather_object([self.sizes[index] for index in self.indices])) / self.num_samples)
 
-    answers, failures = {contender.name: [] for contender in contenders}, {}
-    local = [contender for contender in contenders if isinstance(contender, Contender)]
-    at_once = {contender.name: batch_size for contender in local}
-    for batch in batches if local else ():
-        examples = [make(index) for index in batch]
-        for name, contender in ((contender.name, contender) for contender in local):
+
+class Advance:
+    """Moves `progress` (tqdm, or None) on by `due` answers in all, whoever gives them and however many are missing."""
+
+    def __init__(self, progress, due: int):
+        self.progress, self.due = progress, due
+
+    def __call__(self, name: str, count: int) -> None:
+        self.due -= count
+        if self.progress is not None:
+            self.progress.set_postfix_str(name, refresh=False)
+            self.progress.update(count)
+
+    def finish(self) -> None:
+        self("", self.due)
+
+
+def answer_locally(
+    contenders: list[Contender],
+    questions: Questions,
+    answers: dict,
+    tokenizer,
+    new_tokens: int,
+    device,
+    advance: Advance,
+) -> dict[str, str]:
+    """Adds to `answers` what the models here say, batch by batch; returns why one could not, by name."""
+    at_once = {contender.name: max(map(len, questions.batches), default=1) for contender in contenders}
+    for batch in questions.batches if contenders else ():
+        examples = [questions.make(index) for index in batch]
+        for contender in contenders:
+            name = contender.name
             outputs, at_once[name] = answer_as_memory_allows(
                 contender, examples, at_once[name], tokenizer, new_tokens, device
             )
-            answers[name] += [
-                Answer(index, example.target, output, example.question, example.task)
-                for index, example, output in zip(batch, examples, outputs, strict=False)
-            ]
+            answers[name] += map(to_answer, batch, examples, outputs)
             advance(name, len(outputs))
-            if not at_once[name]:
-                failures[name] = "out of memory, one text at a time"
-    for contender in contenders:
-        if contender not in local:
-            before = {} if kept is None else kept.answers
-            answers[contender.name] = [before[index] for index in indices if index in before]
-            advance(contender.name, len(answers[contender.name]))
-            missing = [index for index in indices if index not in before]
-            keep = None if kept is None else kept.add
-            given, failures[contender.name] = ask(contender, make, missing, new_tokens, keep, advance)
-            answers[contender.name] += given
-    advance("", due)
-
-    tokens = []
-    if length is None:
-        for index in indices:
-            if index not in sizes:  # nobody was asked
-                make(index)
-        tokens = [sizes[index] for index in indices]
-    if state.num_processes > 1:
-        tokens = gather_object(tokens)
-        answers = {name: gather_object(of_rank) for name, of_rank in answers.items()}
-        failures = {name: next(filter(None, gather_object([failures.get(name)])), None) for name in answers}
-    mean_tokens = round(sum(tokens) / num_samples) if length is None else length
-    cell = (task.name, mean_tokens, -(-mean_tokens // segment_length))
-    records = []
-    for name, given in answers.items():
-        given.sort()
-        if len(given) < num_samples:
-            records.append(build_failed_record(name, *cell, num_samples, failures.get(name) or "no answer"))
-        else:
-            right = sum(score(a.target, a.output, a.question, a.task, rule) for a in given)
-            records.append(build_record(name, *cell, right, num_samples))
-    return records, answers
+    return {name: "out of memory, one text at a time" for name, size in at_once.items() if not size}
 
 
 def answer_as_memory_allows(contender: Contender, examples: list, at_once: int, *arguments) -> tuple[list[str], int]:
@@ -168,26 +146,45 @@ def answer_as_memory_allows(contender: Contender, examples: list, at_once: int, 
 
 def ask(
     contender: EndpointContender,
-    make: Callable,
-    indices: list[int],
+    questions: Questions,
+    given: list[Answer],
     new_tokens: int,
-    keep: Callable[[list[Answer]], None] | None,
-    advance: Callable[[str, int], None],
-) -> tuple[list[Answer], str | None]:
-    """What an endpoint answers to the examples `indices`, made as they can be asked, and why not to all."""
-    asked, given = [], []
+    kept: KeptAnswers | None,
+    advance: Advance,
+) -> str | None:
+    """Adds to `given` what an endpoint has answered before, and what it answers now to the others; returns why not to all."""
+    before = {} if kept is None else dict(kept.answers)
+    given += [before[index] for index in questions.indices if index in before]
+    advance(contender.name, len(given))
+    asked = []
 
     def examples():
-        for index in indices:
-            example = make(index)
-            asked.append(Answer(index, example.target, "", example.question, example.task))
-            yield example
+        for index in questions.indices:
+            if index not in before:
+                example = questions.make(index)
+                asked.append(to_answer(index, example))
+                yield example
 
     def note(number, output):
         given.append(asked[number]._replace(output=output))
-        if keep is not None:
-            keep(given[-1:])
+        if kept is not None:
+            kept.add(given[-1:])
         advance(contender.name, 1)
 
-    failure = contender.ask(examples(), new_tokens, note)
-    return given, failure
+    return contender.ask(examples(), new_tokens, note)
+
+
+def gather(answers: dict[str, list[Answer]], failures: dict[str, str | None]) -> tuple[dict, dict]:
+    """The answers of all ranks, by index, and why some are missing, from the first rank that tells."""
+    whole = {name: sorted(gather_object(given)) for name, given in answers.items()}
+    return whole, {name: next(filter(None, gather_object([failures.get(name)])), None) for name in answers}
+
+
+def build_cell_record(
+    name: str, cell: tuple, answers: list[Answer], num_samples: int, rule: str, failure: str | None
+) -> dict:
+    """The record of `cell` (task, tokens, segments); a failed one where answers are missing."""
+    if len(answers) < num_samples:
+        return build_failed_record(name, *cell, num_samples, failure or "no answer")
+    right = sum(score(a.target, a.output, a.question, a.task, rule) for a in answers)
+    return build_record(name, *cell, right, num_samples)

@@ -2,6 +2,7 @@
 
 import math
 import re
+import unicodedata
 
 from lrmt.tasks.names import LABELS, TASK_LABELS, is_answer, split_target
 
@@ -19,7 +20,7 @@ def score(target: str, output: str, question: str, task: str, rule: str = "offic
                 qa7 "one" is a substring of "none", so a target "none" never scores.
       strict    the same with whole-word labels, which mends qa7.
       contains  the target is a substring of the output, case ignored (as lm-evaluation-harness reports).
-      exact     the first line equals the target, case and outer spaces ignored.
+      exact     the first line equals the target, case and outer spaces ignored; of a target of k lines the first k.
     Tasks "passkey" and "niah_single": the first integer of the output equals the target, whatever the rule. The
     user's own rows (task "dataset") have no labels: `official` and `strict` mean `exact` there.
     Raises ValueError for an unknown rule.
@@ -29,9 +30,10 @@ def score(target: str, output: str, question: str, task: str, rule: str = "offic
     if task in ("passkey", "niah_single"):
         return _first_integer(output) == int(target)
     if rule == "contains":
-        return target.strip().lower() in output.lower()
+        return _plain(target) in _plain(output)
     if rule == "exact" or task not in LABELS:
-        return _first_line(output) == target.strip().lower()
+        count = len(_plain(target).splitlines())
+        return _first_lines(output, count) == _first_lines(target, count)
     return _labels_match(target, output, question, LABELS[task], whole_words=rule == "strict")
 
 
@@ -52,8 +54,13 @@ def _first_integer(text):
     return int(match.group()) if match else None
 
 
-def _first_line(text):
-    return next(iter(text.strip().splitlines()), "").strip().lower()
+def _first_lines(text, count):
+    return _plain("\n".join(_plain(text).splitlines()[:count]))
+
+
+def _plain(text):
+    """Without outer spaces and case, and every character spelled one way: "é" is one or two of Unicode's."""
+    return unicodedata.normalize("NFC", text).strip().lower()
 
 
 def wilson_interval(successes: int, n: int, z: float = 1.959963984540054) -> tuple[float, float]:

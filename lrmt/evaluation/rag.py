@@ -50,7 +50,7 @@ class Retriever:
     def _split(self, context: np.ndarray) -> list[np.ndarray]:
         if self.chunks != "sentences":
             return [context[at : at + self.chunks] for at in range(0, len(context), self.chunks)]
-        return self.pieces.encode(split_sentences(self.tokenizer.decode(context, skip_special_tokens=True)))
+        return self.pieces.encode(split_sentences(self.tokenizer.decode(context, skip_special_tokens=False)))
 
 
 def context_ids(example: Example, pieces: Pieces) -> np.ndarray:

@@ -13,7 +13,7 @@ from lrmt.evaluation.babilong.predictions import describe_variant
 from lrmt.evaluation.babilong.published import MEAN, PAPERS, published_records
 from lrmt.evaluation.babilong.rescoring import RULES
 from lrmt.evaluation.metrics import TASK_LABELS
-from lrmt.evaluation.results import PLACE, check_not_there, pool_depths
+from lrmt.evaluation.results import PLACE, check_output, pool_depths
 from lrmt.files import write_files
 from lrmt.flags import flag
 from lrmt.lengths import format_tokens, parse_tokens
@@ -75,7 +75,7 @@ def run_report(
     Raises UsageError, before anything is written, for whatever cannot be shown.
     """
     check_request(paths, task, names, scoring)
-    check_not_there(output_dir, WRITTEN, overwrite)
+    check_output(output_dir, overwrite, WRITTEN)
     series = []
     for path, name in zip(paths, names or [None] * len(paths), strict=True):
         series += read_series(Path(path), name, scoring)
@@ -174,7 +174,7 @@ def build_series(records: list[dict], label) -> list[Series]:
 
 def read_records(path: Path) -> list[dict]:
     try:
-        records = json.loads(path.read_text(encoding="utf-8"))
+        records = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UsageError(f"{path} cannot be read ({error.strerror}); name a results.json or scores.json") from None
     except ValueError as error:
@@ -204,7 +204,7 @@ def read_records(path: Path) -> list[dict]:
 def read_rule(path: Path) -> str | None:
     """How the answers of a results.json were scored, if settings.json beside it tells."""
     try:
-        return json.loads((path.parent / "settings.json").read_text())["scoring"]
+        return json.loads((path.parent / "settings.json").read_text(encoding="utf-8"))["scoring"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

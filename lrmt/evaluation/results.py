@@ -1,16 +1,20 @@
 """The records of an evaluation: on disk, and as a table."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from lrmt.errors import UsageError
 from lrmt.evaluation.metrics import wilson_interval
-from lrmt.files import to_json, write_whole
+from lrmt.files import to_json, told_as, write_whole
 
 PLACE = ("model", "task", "length_tokens", "segments")
 
 #: keys of an identity that may come later, for they change no column that is there: settings of one baseline
 JOINING = ("rag",)
+
+#: keys of an identity that may be raised: what was cut short has failed, and is asked again
+RAISED = ("api_max_tokens",)
 
 
 def build_record(model: str, task: str, length_tokens: int, segments: int, successes: int, n: int) -> dict:
@@ -70,7 +74,9 @@ class ResultsFolder:
 
     def _read_models(self) -> tuple[str, ...]:
         try:
-            return tuple({record["model"] for record in json.loads((self.path / self.name).read_text())})
+            return tuple(
+                {record["model"] for record in json.loads((self.path / self.name).read_text(encoding="utf-8"))}
+            )
         except (OSError, ValueError, KeyError, TypeError):
             return ()
 
@@ -79,13 +85,13 @@ class ResultsFolder:
             return False
         remedy = "name another --output_dir, or give --overwrite"
         try:
-            found = json.loads((self.path / "settings.json").read_text())
-            self.records = json.loads((self.path / self.name).read_text())
+            found = json.loads((self.path / "settings.json").read_text(encoding="utf-8"))
+            self.records = json.loads((self.path / self.name).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             raise UsageError(f"--output_dir {self.path} is not empty and holds no evaluation; {remedy}") from None
         for key, value in self.identity.items():
             before = found.get(key, value if key in JOINING else self.defaults.get(key))
-            if before != value:
+            if before != value and not (key in RAISED and (before or 0) < (value or 0)):
                 was, now = json.dumps(before), json.dumps(value)
                 raise UsageError(
                     f"--output_dir {self.path} holds another evaluation ({key} {was}, now {now}); {remedy}"
@@ -95,13 +101,11 @@ class ResultsFolder:
 
     def prepare(self):
         """Creates the folder and, unless resumed, starts an empty result file in it."""
-        try:
+        with told_as("--output_dir", self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             if not self.resumed:
                 self.write(self.name, to_json([]))
             self.write("settings.json", to_json(self.identity))
-        except OSError as error:
-            raise UsageError(f"--output_dir {self.path} cannot be written ({error.strerror}); name another") from None
 
     def find(self, model: str, task: str, tokens: int | None, depth: float | None = None) -> dict | None:
         """The record of a cell that is finished; `tokens` None means any length."""
@@ -126,13 +130,16 @@ class ResultsFolder:
         write_whole(self.path / name, content)
 
 
-def check_not_there(folder, names: list[str], overwrite: bool):
-    """Raises UsageError where `folder` cannot take these files, or holds one of them already and may not lose it."""
+def check_output(folder, overwrite: bool, names: Iterable[str] | None = None):
+    """Raises UsageError where `--output_dir` is a file, or holds what may not be lost: one of `names`, or anything at all."""
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output_dir must be a folder; {folder} is a file")
-    there = [name for name in names if (folder / name).exists()]
-    if there and not overwrite:
+    if overwrite or not folder.is_dir():
+        return
+    if names is None and any(folder.iterdir()):
+        raise UsageError(f"--output_dir {folder} is not empty; name another, or give --overwrite")
+    if there := [name for name in names or () if (folder / name).exists()]:
         raise UsageError(f"--output_dir {folder} holds {there[0]} already; name another, or give --overwrite")
 
 

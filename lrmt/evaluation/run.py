@@ -1,24 +1,27 @@
 """`lrmt evaluate`: from settings to results.json, heatmap.png and a table."""
 
 import contextlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer
 
 import lrmt
-from lrmt.errors import UsageError, one_line
+from lrmt.adapters import backbone
+from lrmt.adapters.adapter import read_config
+from lrmt.errors import UsageError
+from lrmt.evaluation.answers import Answer, KeptAnswers
 from lrmt.evaluation.babilong.predictions import Predictions, build_variant, remove_predictions, write_predictions
 from lrmt.evaluation.babilong.prompts import count_new_tokens
-from lrmt.evaluation.contenders import build_contenders, build_endpoint_contender
-from lrmt.evaluation.grid import Answer, KeptAnswers, measure_cell
+from lrmt.evaluation.contenders import Contender, EndpointContender, build_contenders, build_endpoint_contender
+from lrmt.evaluation.grid import measure_cell
 from lrmt.evaluation.plots import draw_depths, draw_heatmap
 from lrmt.evaluation.results import ResultsFolder, format_table
 from lrmt.evaluation.settings import Cell, EvaluationSettings
-from lrmt.models import LongContextConfig
+from lrmt.progress import progress
 from lrmt.tasks.background import Background, open_background
+from lrmt.tasks.base import Example
 from lrmt.tasks.dataset import DatasetTask, StoredTask
 from lrmt.tasks.names import LABELS, TASK_LABELS
 from lrmt.tasks.registry import HAYSTACKS, build_task
@@ -33,6 +36,44 @@ def run_evaluation(settings: EvaluationSettings) -> list[dict]:
     `accelerate launch` the ranks share the questions of each cell, and the first one writes.
     """
     ranks = PartialState()
+    plan = make_plan(settings)
+    shortest = try_lengths(plan)
+    endpoint = build_endpoint_contender(settings, plan.tokenizer) if settings.api_model else None
+    model, contenders = open_contenders(settings, plan.tokenizer)
+    try_showing(contenders, shortest, plan)
+    contenders += [endpoint] if endpoint else []
+    ranks.wait_for_everyone()  # until all have read the folder
+    if ranks.is_main_process:
+        plan.folder.prepare()
+        remove_predictions(plan.folder.path / PREDICTIONS, plan.folder.replaced)
+    pending = find_pending(plan, contenders)
+    kept = open_kept_answers(plan, pending, endpoint)
+    if kept and ranks.is_main_process:
+        print(f"{endpoint.name}: {estimate_cost(endpoint, kept, plan)}", flush=True)
+    measure_pending(plan, pending, kept, model.device)
+    if ranks.is_main_process:
+        finish(plan.folder, settings)
+    return plan.folder.records
+
+
+@dataclass
+class Plan:
+    """What is to be measured: the cells, their tasks by depth and name, and how many samples each has."""
+
+    settings: EvaluationSettings
+    segment_length: int
+    cells: list[Cell]
+    folder: ResultsFolder
+    tokenizer: object
+    tasks: dict[float | None, dict]
+    samples: dict[Cell, int]
+
+    def task(self, cell: Cell):
+        return self.tasks[cell.depth][cell.task]
+
+
+def make_plan(settings: EvaluationSettings) -> Plan:
+    """Opens all but the model."""
     segment_length = read_segment_length(settings.adapter_path)
     cells = settings.cells(segment_length)
     folder = ResultsFolder(settings.folder, settings.identity(), settings.overwrite, defaults=settings.defaults())
@@ -40,75 +81,91 @@ def run_evaluation(settings: EvaluationSettings) -> list[dict]:
     background = build_background(settings, tokenizer, max(cell.tokens or 0 for cell in cells))
     tasks = {
         depth: build_tasks(settings, tokenizer, segment_length, depth, background)
-        for depth in dict.fromkeys(c.depth for c in cells)
+        for depth in dict.fromkeys(cell.depth for cell in cells)
     }
-
     samples = {
         cell: count_samples(tasks[cell.depth][cell.task], cell.tokens or 0, settings.num_samples) for cell in cells
     }
-    first = {}  # a length that nothing fits into is refused here
-    for cell in reversed(cells) if settings.dataset_name is None else ():
-        first[cell.task, cell.depth] = tasks[cell.depth][cell.task].example(0, cell.tokens)
-    endpoint = build_endpoint_contender(settings, tokenizer) if settings.api_model else None
-    model, contenders = open_contenders(settings, tokenizer)
+    return Plan(settings, segment_length, cells, folder, tokenizer, tasks, samples)
+
+
+def try_lengths(plan: Plan) -> dict[tuple, Example]:
+    """The first example of the shortest text of each task and depth; a length that nothing fits into is refused here."""
+    shortest = {}
+    for cell in reversed(plan.cells) if plan.settings.dataset_name is None else ():
+        shortest[cell.task, cell.depth] = plan.task(cell).example(0, cell.tokens)
+    return shortest
+
+
+def try_showing(contenders: list[Contender], shortest: dict[tuple, Example], plan: Plan) -> None:
+    """Passages that do not fit are refused here."""
     for show in filter(None, (contender.show for contender in contenders)):
-        for (name, depth), example in first.items():  # and passages that do not
-            show(example, count_new_tokens(tasks[depth][name]))
-    contenders += [endpoint] if endpoint else []
-    ranks.wait_for_everyone()  # until all have read the folder
-    if ranks.is_main_process:
-        folder.prepare()
-        remove_predictions(folder.path / PREDICTIONS, folder.replaced)
+        for (name, depth), example in shortest.items():
+            show(example, count_new_tokens(plan.tasks[depth][name]))
+
+
+def find_pending(plan: Plan, contenders: list) -> dict[Cell, list]:
+    """Who has to answer to which cell still."""
+    find = plan.folder.find
     pending = {
-        cell: [c for c in contenders if not folder.find(c.name, cell.task, cell.tokens, cell.depth)] for cell in cells
+        cell: [c for c in contenders if not find(c.name, cell.task, cell.tokens, cell.depth)] for cell in plan.cells
     }
-    pending = {cell: todo for cell, todo in pending.items() if todo}
-    kept = {
+    return {cell: todo for cell, todo in pending.items() if todo}
+
+
+def open_kept_answers(plan: Plan, pending: dict[Cell, list], endpoint) -> dict[Cell, KeptAnswers]:
+    """What the endpoint has answered before, of each cell for which it is due."""
+    if endpoint is None:
+        return {}
+    folder = plan.folder.path / "answers" / endpoint.name.replace("/", "_")
+    return {
         cell: KeptAnswers(
-            folder.path / "answers" / endpoint.name.replace("/", "_") / f"{name_file(cell)}.jsonl",
-            fresh=not folder.resumed,
-            write=ranks.is_main_process,
+            folder / f"{name_file(cell)}.jsonl",
+            fresh=not plan.folder.resumed,
+            write=PartialState().is_main_process,
         )
         for cell, todo in pending.items()
         if endpoint in todo
     }
-    if kept and ranks.is_main_process:
-        missing = {cell: samples[cell] - len(answers.answers) for cell, answers in kept.items()}
-        print(f"{endpoint.name}: {estimate_cost(endpoint, missing, tasks, settings)}", flush=True)
-    total = sum(samples[cell] * len(todo) for cell, todo in pending.items())
-    with tqdm(total=total, unit="answer", smoothing=0.05, disable=not ranks.is_main_process) as bar:
+
+
+def measure_pending(plan: Plan, pending: dict[Cell, list], kept: dict[Cell, KeptAnswers], device) -> None:
+    """Measures cell by cell, and keeps what each gave."""
+    total = sum(plan.samples[cell] * len(todo) for cell, todo in pending.items())
+    quiet = not PartialState().is_main_process
+    with progress(total, "answer", disable=quiet) as bar:
         for cell, todo in pending.items():
             bar.set_description(cell.task if cell.segments is None else f"{cell.task}, {cell.segments} seg.")
-            hopeless = [c for c in todo if is_hopeless(folder.records, c.name, cell, settings.stop_below)]
-            bar.total -= samples[cell] * len(hopeless)
-            todo = [contender for contender in todo if contender not in hopeless]
-            if not todo:
-                continue
-            task = tasks[cell.depth][cell.task]
-            records, answers = measure_cell(
-                todo,
-                task,
-                cell.tokens,
-                tokenizer=tokenizer,
-                segment_length=segment_length,
-                num_samples=samples[cell],
-                batch_size=settings.batch_size,
-                rule=settings.scoring,
-                device=model.device,
-                progress=bar,
-                kept=kept.get(cell),
-            )
-            records = [record | describe_cell(cell) for record in records]
-            if ranks.is_main_process:
-                if endpoint in todo:
-                    kept[cell].add(answers[endpoint.name])  # of all ranks
-                for contender, record in zip(todo, records, strict=True):
-                    if "error" not in record:
-                        keep_predictions(folder.path, settings, cell, contender, answers[contender.name], task)
-            folder.add(records, write=ranks.is_main_process)
-    if ranks.is_main_process:
-        finish(folder, settings)
-    return folder.records
+            records, stop_below = plan.folder.records, plan.settings.stop_below
+            hopeful = [c for c in todo if not is_hopeless(records, c.name, cell, stop_below)]
+            bar.total -= plan.samples[cell] * (len(todo) - len(hopeful))
+            if hopeful:
+                measure(plan, cell, hopeful, kept.get(cell), device, bar)
+
+
+def measure(plan: Plan, cell: Cell, contenders: list, kept: KeptAnswers | None, device, progress) -> None:
+    """One cell, from its questions to what is on disk."""
+    settings, is_writer = plan.settings, PartialState().is_main_process
+    records, answers = measure_cell(
+        contenders,
+        plan.task(cell),
+        cell.tokens,
+        tokenizer=plan.tokenizer,
+        segment_length=plan.segment_length,
+        num_samples=plan.samples[cell],
+        batch_size=settings.batch_size,
+        rule=settings.scoring,
+        device=device,
+        progress=progress,
+        kept=kept,
+    )
+    records = [record | describe_cell(cell) for record in records]
+    for contender, record in zip(contenders, records, strict=True) if is_writer else ():
+        if kept is not None and isinstance(contender, EndpointContender):
+            kept.settle(answers[contender.name])
+        if "error" not in record:
+            keep_predictions(plan, cell, contender, answers[contender.name])
+    plan.folder.add(records, write=is_writer)
 
 
 def describe_cell(cell: Cell) -> dict:
@@ -121,13 +178,13 @@ def describe_cell(cell: Cell) -> dict:
     return told if cell.depth is None else told | {"depth": cell.depth}
 
 
-def estimate_cost(endpoint, missing: dict[Cell, int], tasks: dict, settings: EvaluationSettings):
-    """What asking the endpoint for `missing` answers of each cell would take, by a typical prompt of each."""
+def estimate_cost(endpoint: EndpointContender, kept: dict[Cell, KeptAnswers], plan: Plan):
+    """What asking the endpoint for the answers that are not `kept` would take, by a typical prompt of each cell."""
     typical = []
-    for cell, count in missing.items():
-        task = tasks[cell.depth][cell.task]
-        typical.append((endpoint.prompt(task.example(0, cell.tokens or 0)), count, count_new_tokens(task)))
-    return endpoint.endpoint.estimate_cost(typical, settings.api_input_price, settings.api_output_price)
+    for cell, answers in kept.items():
+        task, missing = plan.task(cell), plan.samples[cell] - len(answers.answers)
+        typical.append((task.example(0, cell.tokens or 0), missing, count_new_tokens(task)))
+    return endpoint.estimate_cost(typical, plan.settings.api_input_price, plan.settings.api_output_price)
 
 
 def finish(folder: ResultsFolder, settings: EvaluationSettings):
@@ -163,8 +220,9 @@ def name_file(cell: Cell) -> str:
     return f"{cell.task}_{'rows' if cell.tokens is None else cell.tokens}{depth}"
 
 
-def keep_predictions(path, settings: EvaluationSettings, cell: Cell, contender, answers: list[Answer], task):
+def keep_predictions(plan: Plan, cell: Cell, contender, answers: list[Answer]):
     """Writes a contender's answers to a bAbI task as BABILong's leaderboard takes them."""
+    settings = plan.settings
     if cell.task not in TASK_LABELS or cell.depth is not None or settings.babi_vocabulary:
         return
     parts, prompt = contender.describe_prompt(cell.task, settings.question_position)
@@ -177,8 +235,8 @@ def keep_predictions(path, settings: EvaluationSettings, cell: Cell, contender, 
         build_variant(parts),
         [(a.target, a.output, a.question) for a in answers],
     )
-    generation = contender.describe_generation(count_new_tokens(task))
-    write_predictions(path / PREDICTIONS, predictions, prompt, generation)
+    generation = contender.describe_generation(count_new_tokens(plan.task(cell)))
+    write_predictions(plan.folder.path / PREDICTIONS, predictions, prompt, generation)
 
 
 @contextlib.contextmanager
@@ -196,7 +254,7 @@ def open_contenders(settings: EvaluationSettings, tokenizer=None) -> tuple:
     """The model and its contenders; says so when there is one only."""
     model = load_model(settings)
     contenders = build_contenders(model, settings.baseline, tokenizer=tokenizer, rag=settings.rag)
-    if not hasattr(model, "disable_adapter"):
+    if not hasattr(model, "disable_adapter") and PartialState().is_main_process:
         print("merged model: no adapter to disable, so the baselines on its backbone are left out")
     return model, contenders
 
@@ -281,18 +339,5 @@ def read_segment_length(path) -> int:
     return read_config(path).segment_length
 
 
-def read_config(path) -> LongContextConfig:
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--adapter_path {path}: config.json cannot be read ({one_line(error)})") from None
-    if not isinstance(config, LongContextConfig):
-        raise UsageError(f"--adapter_path {path} is a {config.model_type}, not an lrmt model; give what training wrote")
-    return config
-
-
 def load_tokenizer(path):
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--adapter_path {path} has no tokenizer that can be read ({one_line(error)})") from None
+    return backbone.load_tokenizer(path, flag="--adapter_path")

@@ -257,7 +257,7 @@ class RowSettings(EvaluationSettings, RowTaskFlags, BaselineFlags, ScoredOutputF
 
     description: ClassVar[str] = f"""\
 {COLUMNS}
-Rows of your own, a .jsonl or .parquet file or a Hub id: right is what equals the target (first line, case ignored; or
+Rows of your own, a .jsonl or .parquet file or a Hub id: right is what equals the target (as many lines, case ignored; or
 --scoring contains), and length_tokens is the mean. Writes results.json, heatmap.png and settings.json.
 """
     examples: ClassVar[str] = """\

@@ -1,8 +1,11 @@
 """Memory methods: tensors in, tensors out."""
 
-from lrmt.models.base import LongContextConfig, LongContextModel, LongContextOutput, Span, State
+from lrmt.models.base import LongContextModel, LongContextOutput, Span
+from lrmt.models.config import LongContextConfig
 from lrmt.models.landmark import LandmarkConfig, LandmarkForCausalLM, LandmarkState
-from lrmt.models.rmt import RmtConfig, RmtForCausalLM, RmtState
+from lrmt.models.recurrent import RecurrentConfig, RecurrentModel, RecurrentState
+from lrmt.models.rmt import RmtConfig, RmtForCausalLM
+from lrmt.models.state import State
 
 #: every method, by the name that its config has: read by recipes, flags, loading, exports and tests
 METHODS: dict[str, type[LongContextModel]] = {
@@ -18,9 +21,11 @@ __all__ = [
     "LongContextConfig",
     "LongContextModel",
     "LongContextOutput",
+    "RecurrentConfig",
+    "RecurrentModel",
+    "RecurrentState",
     "RmtConfig",
     "RmtForCausalLM",
-    "RmtState",
     "Span",
     "State",
 ]

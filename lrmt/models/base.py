@@ -12,84 +12,16 @@ from typing import ClassVar, NamedTuple
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from lrmt.errors import UsageError
+from lrmt.models import scoring
+from lrmt.models.config import LongContextConfig
+from lrmt.models.state import State
 
 generation_logger = logging.getLogger("transformers.generation.configuration_utils")
-
-
-def setting(default, help: str):
-    """A field of a config that is a flag too."""
-    return dataclasses.field(default=default, metadata={"help": help})
-
-
-class LongContextConfig(PreTrainedConfig):
-    """What every method's config has: the backbone's config and where the backbone came from.
-
-    Args:
-        backbone_config: config of the wrapped transformers decoder, a config object or its dict.
-        backbone_name: Hub id, folder, or name of a shipped backbone; what `lrmt.load` opens under an adapter.
-        backbone_revision: Hub revision of it. backbone_quantization: "nf4" if the adapter was trained over 4-bit weights.
-    """
-
-    sub_configs: ClassVar[dict] = {"backbone_config": AutoConfig}
-    #: fields that say how a trained model reads, and may be changed when it is opened
-    reading_settings: ClassVar[tuple[str, ...]] = ()
-    #: those of them that say where things are kept, and change no answer
-    placement_settings: ClassVar[tuple[str, ...]] = ()
-    #: tokens by which training texts should differ in length, so that their ends meet every place of an attention block
-    length_slack = 0
-
-    backbone_config: dict | PreTrainedConfig | None = None
-    backbone_name: str | None = None
-    backbone_revision: str | None = None
-    backbone_quantization: str | None = None
-    backbone_fingerprint: str | None = None
-
-    def __post_init__(self, **kwargs):
-        if isinstance(self.backbone_config, dict):
-            self.backbone_config = AutoConfig.for_model(**self.backbone_config)
-        # transformers hands this setting down to the backbone's config: keep what that one has
-        kwargs.setdefault("attn_implementation", getattr(self.backbone_config, "_attn_implementation", None))
-        super().__post_init__(**kwargs)
-        if self.backbone_config is not None:
-            self.tie_word_embeddings = False  # the backbone ties its own
-
-    @classmethod
-    def own_settings(cls) -> list[dataclasses.Field]:
-        """The method's own settings, each a flag of its recipe: the fields that have a help text."""
-        return [field for field in dataclasses.fields(cls) if "help" in field.metadata]
-
-    def matters_to_training(self) -> dict[str, object]:
-        """The settings that shape batches and weights, so that a resumed run must have them as they were."""
-        return {f.name: getattr(self, f.name) for f in self.own_settings() if f.name not in self.reading_settings}
-
-    def check_training(self, num_segments: int, *, num_ranks: int = 1, task: str = "", use_peft: bool = True) -> None:
-        """Raises `UsageError` if the method cannot be trained so: on texts of at most `num_segments`, on `num_ranks` processes,
-        on a task of this name, with LoRA or without.
-        """
-
-    def activations(self, num_segments: int) -> Activations:
-        """What a training step keeps of a text of so many segments, for the estimate of memory."""
-        return Activations(self.segment_length, num_segments, 0)
-
-    # DeepSpeed's "auto" settings and transformers' utilities look these up
-    hidden_size = property(lambda self: self.backbone_config.hidden_size)
-    vocab_size = property(lambda self: self.backbone_config.vocab_size)
-    num_hidden_layers = property(lambda self: self.backbone_config.num_hidden_layers)
-
-
-class Activations(NamedTuple):
-    """Of one text: `positions` of a segment, how many segments are `live` at once, and `carried`, vectors that are kept besides."""
-
-    positions: int
-    live: int
-    carried: int
 
 
 class Span(NamedTuple):
@@ -106,64 +38,30 @@ class Span(NamedTuple):
 
 @dataclasses.dataclass
 class LongContextOutput(ModelOutput):
-    """`loss` scalar; `logits` `[B, T, V]`, or `[N, V]` for the N scored positions when labels are given; `state`.
-
-    `memory_norm` is the root-mean-square of the last memory.
-    """
+    """`loss` scalar; `logits` `[B, T, V]`, or `[N, V]` for the N scored positions when labels are given; `state`."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     state: State | None = None
-    memory_norm: Tensor | None = None
 
 
-@dataclasses.dataclass
-class State:
-    """What a model keeps of the text it has read: saved to one safetensors file, refused by a model that did not make it.
+class Text(NamedTuple):
+    """What a model is given, checked, on its device, with what the state wants read again in front of it.
 
-    `fingerprint` is that of the model; `cache` speeds up the running generation and is never saved. Every other field of a
-    subclass is a tensor whose first dimension is the batch.
+    `ids`, `labels` `[B, T]`; `mask [B, T]` bool, None without padding; `state` for this batch; `before`, how many columns come
+    from the state; `padded`, whether there is padding among the others.
     """
 
-    fingerprint: str
-    cache: Cache | None
-
-    def tensors(self) -> dict[str, Tensor]:
-        fields = (f.name for f in dataclasses.fields(self) if f.name not in ("fingerprint", "cache"))
-        return {name: getattr(self, name) for name in fields}
-
-    @property
-    def batch_size(self) -> int:
-        return len(next(iter(self.tensors().values())))
-
-    def expand(self, batch_size: int) -> State:
-        """Repeats each row so that a document read once answers a batch of questions."""
-        times = self._times(batch_size)
-        if times == 1:
-            return self
-        rows = {name: tensor.repeat_interleave(times, dim=0) for name, tensor in self.tensors().items()}
-        return dataclasses.replace(self, **rows, cache=None)
-
-    def _times(self, batch_size: int) -> int:
-        if batch_size % self.batch_size:
-            raise ValueError(f"a state of {self.batch_size} rows cannot serve a batch of {batch_size}; read that batch")
-        return batch_size // self.batch_size
-
-    @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor], fingerprint: str, model: LongContextModel) -> State:
-        """The inverse of `tensors`."""
-        return cls(fingerprint=fingerprint, cache=None, **{name: t.to(model.device) for name, t in tensors.items()})
-
-    def save(self, path: str | os.PathLike) -> None:
-        """Writes one safetensors file, under a temporary name first."""
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors().items()}
-        temporary = f"{path}.tmp"
-        save_file(tensors, temporary, metadata={"format": "lrmt-state-1", "fingerprint": self.fingerprint})
-        os.replace(temporary, path)
+    ids: Tensor
+    mask: Tensor | None
+    labels: Tensor | None
+    state: State | None
+    before: int
+    padded: bool
 
 
 class LongContextModel(PreTrainedModel, GenerationMixin):
-    """A transformers decoder with a memory. Subclasses implement `forward` and `read`; `generate` is transformers' own."""
+    """A transformers decoder with a memory: `forward`, `read` and `generate`. A method writes `encode`."""
 
     config_class = LongContextConfig
     state_class: ClassVar[type[State]]
@@ -230,9 +128,182 @@ class LongContextModel(PreTrainedModel, GenerationMixin):
         """How often `forward` runs the backbone on this batch: what must agree between ranks."""
         return 1
 
-    def memory_norms(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[float]:
-        """Root-mean-square of the memory that each segment but the last writes; none where nothing is written."""
-        return []
+    def find_fault(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> str:
+        """Where a text whose loss is not finite goes wrong, in words that name a segment. Every rank calls it together, and runs
+        the backbone equally often.
+        """
+        return f"a {self.config.model_type} model does not tell in which segment"
+
+    # ------------------------------------------------------------------ what a method writes
+
+    def encode(
+        self, input_ids: Tensor, mask: Tensor | None, wanted: Tensor | None, state: State | None
+    ) -> tuple[Tensor, State | None]:
+        """Reads a text.
+
+        Args:
+            input_ids: `[B, T]`, on the model's device. mask: `[B, T]` bool, None without padding.
+            wanted: `[B, T]` bool, the tokens whose last hidden states are wanted. None: none, the state is.
+            state: what was read before, of this batch.
+
+        Returns:
+            Hidden states `[N, d]` of the wanted tokens, row by row (of none of them an empty tensor that still hangs on what was
+            computed), and the state after the text, unsigned, where `wanted` is None.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must say how it reads a text: `encode`")
+
+    def go_on(self, text: Text) -> tuple[Tensor, State]:
+        """Hidden states `[B, d]` of each row's last token, and the state that generation goes on from. Without gradients."""
+        raise NotImplementedError(f"{type(self).__name__} must say how it generates: `go_on`")
+
+    # ------------------------------------------------------------------ forward, read, generate
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        state: State | None = None,
+        logits_to_keep: int = 0,
+        **kwargs,
+    ) -> LongContextOutput:
+        """Reads a text and scores it.
+
+        Args:
+            input_ids: `[B, T]`, any length, on any device. attention_mask: `[B, T]`; a padded batch equals its rows alone.
+            labels: `[B, T]`, -100 where nothing is scored, unshifted. Logits are then computed for scored positions only.
+            state: what was read before; the text goes on from there, and the state stays as it is.
+            logits_to_keep: without labels, the last so many positions of each row only; 0 gives all.
+
+        Returns:
+            With labels: `loss` (mean over scored positions) and `logits [N, V]`, row by row. Without: `logits [B, T, V]` or
+            `[B, logits_to_keep, V]`, and with `logits_to_keep=1`, which has no gradients, the `state` that generation goes on from.
+
+        Raises:
+            UsageError: ids outside the vocabulary, a state of another model. ValueError: no token, or a wrong `logits_to_keep`.
+        """
+        if not isinstance(logits_to_keep, int) or logits_to_keep < 0:
+            raise ValueError(f"`logits_to_keep` must be a whole number, 0 (all) or more; got {logits_to_keep}")
+        text = self._open(input_ids, attention_mask, labels, state)
+        if labels is None and logits_to_keep == 1:
+            with torch.no_grad():
+                hidden, state = self.go_on(text)
+                logits = self.get_output_embeddings()(hidden[:, None])
+            return LongContextOutput(logits=logits, state=self._signed(state))
+        wanted = self._wanted(text, logits_to_keep)
+        hidden, _ = self.encode(text.ids, text.mask, wanted, text.state)
+        if labels is None:
+            logits = self.get_output_embeddings()(hidden)
+            return LongContextOutput(logits=scoring.lay_out(logits, wanted[:, text.before :], logits_to_keep))
+        targets = scoring.next_tokens(text.labels, text.mask)
+        loss, logits = scoring.cross_entropy(self.get_output_embeddings(), hidden, targets[wanted])
+        return LongContextOutput(loss=loss, logits=logits)
+
+    @torch.no_grad()
+    def read(self, input_ids: Tensor, attention_mask: Tensor | None = None, state: State | None = None) -> State:
+        """Streams a document.
+
+        Args:
+            input_ids: `[B, T]`, on any device. attention_mask: `[B, T]`. state: what was read before; it stays as it is.
+
+        Returns:
+            The state, from which `forward`, `read` and `generate` go on as if the whole text had been given at once.
+        """
+        text = self._open(input_ids, attention_mask, None, state)
+        return self._signed(self.encode(text.ids, text.mask, None, text.state)[1])
+
+    def generate(self, inputs=None, generation_config=None, **kwargs):
+        """transformers' `generate` (prompt and new ids are returned), plus `state`: a text read before the prompt."""
+        beams = (kwargs, vars(generation_config or object), vars(self.generation_config))
+        beams = next(filter(None, (settings.get("num_beams") for settings in beams)), 1)
+        if beams > 1:
+            raise UsageError(
+                f"`num_beams` must be 1: a memory state cannot be reordered; got {beams}, from the call or the backbone's "
+                "generation_config.json. Pass `num_beams=1`, and use sampling or greedy decoding"
+            )
+        inputs = inputs.to(self.device) if isinstance(inputs, Tensor) else inputs
+        for name in ("input_ids", "attention_mask"):
+            if isinstance(kwargs.get(name), Tensor):
+                kwargs[name] = kwargs[name].to(self.device)
+        return super().generate(inputs, generation_config, **kwargs)
+
+    def prepare_inputs_for_generation(
+        self, input_ids, state=None, attention_mask=None, is_first_iteration=False, **kwargs
+    ):
+        """transformers' hook: the whole prompt first, then one token and the state."""
+        if is_first_iteration or state is None:
+            return {"input_ids": input_ids, "attention_mask": attention_mask, "state": state, "logits_to_keep": 1}
+        return {"input_ids": input_ids[:, -1:], "state": state, "logits_to_keep": 1}
+
+    def _open(self, input_ids, attention_mask, labels, state) -> Text:
+        """What was given, checked, and moved to where the model is."""
+        device = self.device
+        ids, mask = input_ids.to(device), None if attention_mask is None else attention_mask.to(device).bool()
+        labels = None if labels is None else labels.to(device)
+        if mask is not None and bool(mask.all()):
+            mask = None
+        if ids.shape[1] == 0 or (mask is not None and not bool(mask.any())):
+            raise ValueError("`input_ids` is empty: nothing to read; give at least one token")
+        if mask is not None:
+            ids = ids.masked_fill(~mask, 0)  # padding may have an id that no embedding has
+        low, high = (int(bound) for bound in ids.aminmax())
+        if low < 0 or high >= self.config.vocab_size:
+            raise UsageError(
+                f"`input_ids` must lie in 0..{self.config.vocab_size - 1}, the backbone's vocabulary; got {low}..{high}. "
+                "Landmarks and memory tokens are put in by the model and have no id"
+            )
+        if state is None:
+            return Text(ids, mask, labels, None, 0, mask is not None)
+        if state.fingerprint != self.fingerprint():
+            raise UsageError(f"the state was made by another model ({state.fingerprint}); read the text again")
+        if state.device != device:
+            state = type(state).from_tensors(state.tensors(), state.fingerprint, self)
+        state = state.expand(len(ids))
+        if (unread := state.unread()) is None:
+            return Text(ids, mask, labels, state, 0, mask is not None)
+        again, real = unread
+        padded = mask is not None
+        mask = torch.cat([real, torch.ones_like(ids, dtype=torch.bool) if mask is None else mask], dim=1)
+        if labels is not None:
+            labels = torch.cat([torch.full_like(again, scoring.IGNORED), labels], dim=1)
+        return Text(torch.cat([again, ids], dim=1), mask, labels, state, again.shape[1], padded)
+
+    @staticmethod
+    def _wanted(text: Text, logits_to_keep: int = 0) -> Tensor:
+        """The tokens whose logits are wanted, `[B, T]` bool: those before a label or, without labels, the last ones (0: all)."""
+        if text.labels is not None:
+            return scoring.next_tokens(text.labels, text.mask) != scoring.IGNORED
+        new = torch.arange(text.ids.shape[1], device=text.ids.device) >= text.before
+        return scoring.last_tokens(text.ids, text.mask, logits_to_keep) & new
+
+    def _signed(self, state: State) -> State:
+        state.fingerprint = state.fingerprint or self.fingerprint()
+        return state
+
+    # ------------------------------------------------------------------ embeddings
+
+    def make_embedding(self, rows: int, fill) -> nn.Embedding:
+        """Trained vectors `[rows, d]` beside the backbone, which `fill(weight, token embeddings)` sets, unless a checkpoint is about to.
+
+        The vocabulary is never resized.
+        """
+        embeddings = self.get_input_embeddings().weight
+        with gathered(embeddings):
+            made = nn.Embedding(rows, embeddings.shape[-1], device=embeddings.device, dtype=embeddings.dtype)
+            if embeddings.device.type != "meta":  # else `from_pretrained` is about to load everything
+                with torch.no_grad():
+                    fill(made.weight, embeddings.detach().float())
+        return made
+
+    def finish(self) -> None:
+        """Called at the end of a method's `__init__`."""
+        if self.get_input_embeddings().weight.device.type != "meta":
+            for parameter in self.parameters():
+                parameter._is_hf_initialized = True  # or `post_init` draws the backbone's weights anew
+        self.post_init()
+
+    def _init_weights(self, module):
+        pass  # the backbone initialises its own; a method fills what it makes
 
     def get_input_embeddings(self):
         return self.backbone.get_input_embeddings()
@@ -248,22 +319,6 @@ class LongContextModel(PreTrainedModel, GenerationMixin):
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # the state carries its own cache
-
-    def prepare_inputs_for_generation(
-        self, input_ids, state=None, attention_mask=None, is_first_iteration=False, **kwargs
-    ):
-        """transformers' hook: the whole prompt first, then one token and the state."""
-        if is_first_iteration or state is None:
-            return {"input_ids": input_ids, "attention_mask": attention_mask, "state": state, "logits_to_keep": 1}
-        return {"input_ids": input_ids[:, -1:], "state": state, "logits_to_keep": 1}
-
-    def generate(self, inputs=None, generation_config=None, **kwargs):
-        """transformers' `generate` (prompt and new ids are returned), plus `state`: a text read before the prompt."""
-        if (kwargs.get("num_beams") or getattr(generation_config, "num_beams", None) or 1) > 1:
-            raise UsageError(
-                "`num_beams` must be 1: a memory state cannot be reordered; use sampling or greedy decoding"
-            )
-        return super().generate(inputs, generation_config, **kwargs)
 
     def fingerprint(self) -> str:
         """Identifies the model that made a state: its settings, memory, LoRA, and the start of the backbone's embeddings."""
@@ -286,7 +341,9 @@ class LongContextModel(PreTrainedModel, GenerationMixin):
         return self._fingerprint[1]
 
     def _memory_weights(self) -> list[Tensor]:
-        return []
+        """The parameters of `memory_modules`; of one that PEFT wraps, those in use."""
+        modules = map(self.get_submodule, self.memory_modules)
+        return [p for module in modules for p in in_use(module).parameters()]
 
     def load_state(self, path: str | os.PathLike) -> State:
         """Opens a file written by `State.save`; raises `UsageError` if another model wrote it."""
@@ -301,6 +358,14 @@ class LongContextModel(PreTrainedModel, GenerationMixin):
             theirs = metadata.get("fingerprint", "none")
             raise UsageError(f"state {path} was made by another model ({theirs}, this is {mine}); read the text again")
         return self.state_class.from_tensors(tensors, mine, self)
+
+
+def in_use(module: nn.Module) -> nn.Module:
+    """The module itself or, of PEFT's wrapper of `modules_to_save`, the copy that is active."""
+    if not hasattr(module, "modules_to_save"):
+        return module
+    active = [name for name in module.active_adapters if name in module.modules_to_save]
+    return module.modules_to_save[active[0]] if active and not module.disable_adapters else module.original_module
 
 
 def gathered(*parameters: Tensor):

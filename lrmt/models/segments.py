@@ -7,15 +7,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 
 class Segment(NamedTuple):
-    """One column block of a `Grid`: `ids [B, W]`, `mask [B, W]` (None: no padding), `scored [B, W]` (None: nothing)."""
+    """One column block of a `Grid`: `ids [B, W]`, `mask [B, W]` (None: no padding), `wanted [B, W]` (None: nothing)."""
 
     ids: Tensor
     mask: Tensor | None
-    scored: Tensor | None
+    wanted: Tensor | None
 
 
 class Grid:
@@ -27,15 +26,13 @@ class Grid:
 
     Args:
         input_ids: `[B, T]` token ids. attention_mask: `[B, T]`, nonzero where a token is real (None: everywhere).
-        labels: `[B, T]` targets, -100 where nothing is scored; a token's label is predicted from the token before it.
-        wanted: `[B, T]`, True where a token's own hidden state is wanted; instead of labels.
+        wanted: `[B, T]`, True where a token's hidden state is wanted (None: nowhere).
     """
 
     def __init__(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
         wanted: Tensor | None = None,
         *,
         segment_length: int,
@@ -70,14 +67,7 @@ class Grid:
                 return out
 
         self.ids = place(input_ids, 0)
-        self.scored = self.labels = None
-        if wanted is not None:
-            self.scored = place(wanted, False)
-        elif labels is not None:
-            self.labels = place(labels, -100).clone()
-            for row_index, first in enumerate(self.start):  # the first token of a row has none before it
-                self.labels[row_index, first : first + 1] = -100
-            self.scored = pad(self.labels[:, 1:] != -100, (0, 1))
+        self.wanted = None if wanted is None else place(wanted, False)
 
     def __len__(self) -> int:
         return self.num_segments
@@ -101,17 +91,13 @@ class Grid:
             start = torch.tensor(self.start, device=ids.device)[:, None]
             end = start + torch.tensor(self.length, device=ids.device)[:, None]
             mask = (column >= start) & (column < end)
-        scored = None if self.scored is None else self.scored[:, first:last]
-        return Segment(ids, mask, scored if scored is not None and bool(scored.any()) else None)
-
-    def targets(self) -> Tensor:
-        """The labels of the scored positions, `[N]`, row by row."""
-        return self.labels[:, 1:][self.scored[:, :-1]]
+        wanted = None if self.wanted is None else self.wanted[:, first:last]
+        return Segment(ids, mask, wanted if wanted is not None and bool(wanted.any()) else None)
 
     def row_major(self, values: Tensor) -> Tensor:
-        """Reorders values of the scored positions, `[N, ...]`, from segment by segment to row by row."""
-        row, column = self.scored.nonzero(as_tuple=True)
-        rows, width = self.scored.shape
+        """Reorders values of the wanted positions, `[N, ...]`, from segment by segment to row by row."""
+        row, column = self.wanted.nonzero(as_tuple=True)
+        rows, width = self.wanted.shape
         by_segment = (column // self.segment_length * rows + row) * width + column
         return values[by_segment.argsort().argsort()]
 

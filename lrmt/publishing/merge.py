@@ -2,85 +2,112 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 
 import torch
-from bitsandbytes.functional import dequantize_4bit
-from bitsandbytes.nn import Linear4bit
-from peft import PeftModel
-from torch import nn
-from transformers import AutoTokenizer
-from transformers.pytorch_utils import Conv1D
+from transformers import GenerationConfig
 
-from lrmt.adapters.adapter import load
-from lrmt.adapters.backbone import keep_4bit_trainable
+from lrmt.adapters.adapter import load, read_config, write_generation_config
+from lrmt.adapters.backbone import copy_dequantised_, keep_4bit_trainable, load_tokenizer
+from lrmt.adapters.find import find_adapter, is_adapter
 from lrmt.errors import UsageError
+from lrmt.files import check_writable, filling, told_as
+from lrmt.models import LongContextConfig, LongContextModel
+
+MERGE_BASES = ("original", "nf4_roundtrip")
 
 
 def merge_adapter(
-    adapter_path: str, output_dir: str, merge_base: str = "original", dtype: str = "float32"
+    adapter_path: str,
+    output_dir: str,
+    merge_base: str = "original",
+    dtype: str = "float32",
+    model_name_or_path: str | None = None,
 ) -> dict[str, float]:
     """Writes a checkpoint that `lrmt.load` opens without PEFT, and measures what merging changed.
 
     Args:
+        adapter_path: folder or Hub id. model_name_or_path: another place of its backbone.
         merge_base: "original" merges into the unquantised weights; "nf4_roundtrip" into the weights that a 4-bit adapter was
-            trained against, i.e. quantised to NF4 and back. dtype: of the merged weights.
+            trained against, i.e. quantised to NF4 and back. Of a backbone that is published in 4 bits both are the values that
+            these stand for. dtype: of the merged weights.
 
     Returns:
         Relative gaps ‖merged − unmerged‖ / ‖unmerged‖ of the logits, in `dtype`, to the unmerged model over the same base
         (`same_base`) and to the model as it was trained (`as_trained`).
 
     Raises:
-        UsageError: a merge base that does not exist, an output folder that is not empty, or not an adapter.
+        UsageError: a merge base that does not exist, an output folder that is not empty or cannot be written, or not an adapter.
     """
-    if merge_base not in ("original", "nf4_roundtrip"):
-        raise UsageError(f"`--merge_base` must be original or nf4_roundtrip; got {merge_base}")
+    path, config = _open_config(adapter_path, merge_base)
+    output = _check_output(output_dir)
+    tokenizer = load_tokenizer(path, flag="--adapter_path")
+    backbone = {"model_name_or_path": model_name_or_path}
+    ids = _draw_text(config)
+    trained_logits = _logits_as_trained(path, backbone, ids)
+    model = _open_over_base(path, backbone, merge_base, dtype)
+    unmerged_logits = _logits(model, ids)
+    merged = _merge(model, dtype)
+    merged_logits = _logits(merged, ids)
+    _write(merged, tokenizer, output)
+    return {"same_base": _gap(merged_logits, unmerged_logits), "as_trained": _gap(merged_logits, trained_logits)}
+
+
+def _open_config(adapter_path: str, merge_base: str) -> tuple[Path, LongContextConfig]:
+    if merge_base not in MERGE_BASES:
+        raise UsageError(f"`--merge_base` must be {' or '.join(MERGE_BASES)}; got {merge_base}")
+    path = find_adapter(adapter_path)
+    config = read_config(path)
+    if not is_adapter(path):
+        raise UsageError(f"`--adapter_path` {adapter_path} is a merged checkpoint already; name an adapter")
+    return path, config
+
+
+def _check_output(output_dir: str) -> Path:
     output = Path(output_dir).resolve()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UsageError(f"`--output_dir` {output} is not empty; name another folder")
-    as_trained = load(adapter_path)
-    if not isinstance(as_trained, PeftModel):
-        raise UsageError(f"`--adapter_path` {adapter_path} is a merged checkpoint already; name an adapter")
-    config = as_trained.get_base_model().config
+    check_writable(output, "`--output_dir`")  # now: merging takes minutes
+    return output
+
+
+def _draw_text(config: LongContextConfig) -> torch.Tensor:
+    """Two random texts of two and a half segments, `[2, T]`."""
     length = config.segment_length
-    ids = torch.randint(0, config.vocab_size, (2, 2 * length + length // 2), generator=torch.Generator().manual_seed(0))
-    keep_4bit_trainable(as_trained)  # or CPUs compute in bf16, whatever it was trained in
-    trained_logits = _logits(as_trained, ids)
-    del as_trained
-    model = load(adapter_path, load_in_4bit=False, dtype=dtype)
+    return torch.randint(
+        0, config.vocab_size, (2, 2 * length + length // 2), generator=torch.Generator().manual_seed(0)
+    )
+
+
+def _logits_as_trained(path: Path, backbone: dict, ids: torch.Tensor) -> torch.Tensor:
+    model = load(path, **backbone)
+    keep_4bit_trainable(model)  # or CPUs compute in bf16, whatever it was trained in
+    return _logits(model, ids)
+
+
+def _open_over_base(path: Path, backbone: dict, merge_base: str, dtype: str):
+    """The adapter over full weights, those of the merge base."""
+    model = load(path, load_in_4bit=False, dtype=dtype, **backbone)
     if merge_base == "nf4_roundtrip":
-        packed = load(adapter_path, load_in_4bit=True)
+        packed = load(path, load_in_4bit=True, **backbone)
         copy_dequantised_(model.get_base_model().backbone, packed.get_base_model().backbone)
-        del packed
-    unmerged_logits = _logits(model, ids)
+    return model
+
+
+def _merge(model, dtype: str) -> LongContextModel:
     merged = model.merge_and_unload()
     merged.config.backbone_quantization = None
     for name in merged.memory_modules:
         merged.get_submodule(name).to(getattr(torch, dtype))
-    merged_logits = _logits(merged, ids)
-    gaps = {
-        "same_base": _gap(merged_logits, unmerged_logits),
-        "as_trained": _gap(merged_logits, trained_logits),
-    }
-    output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f"{output.name}.") as temporary:
-        merged.save_pretrained(temporary)
-        AutoTokenizer.from_pretrained(adapter_path).save_pretrained(temporary)
-        # config.json last: without it the folder is nobody's model
-        for path in sorted(Path(temporary).iterdir(), key=lambda path: path.name == "config.json"):
-            os.replace(path, output / path.name)
-    return gaps
+    return merged
 
 
-def copy_dequantised_(backbone: nn.Module, packed: nn.Module) -> None:
-    """Gives `backbone` the weights that its 4-bit twin `packed` computes with, in place."""
-    for name, module in packed.named_modules():
-        if isinstance(module, Linear4bit):
-            values = dequantize_4bit(module.weight.data, module.weight.quant_state)
-            target = backbone.get_submodule(name)
-            target.weight.data = (values.T if isinstance(target, Conv1D) else values).to(target.weight).contiguous()
+def _write(merged: LongContextModel, tokenizer, output: Path) -> None:
+    generation, merged.generation_config = merged.generation_config, GenerationConfig()
+    with told_as("`--output_dir`", output), filling(output, last="config.json") as folder:  # without it, nobody's model
+        merged.save_pretrained(folder)
+        write_generation_config(folder, generation)
+        tokenizer.save_pretrained(folder)
 
 
 @torch.no_grad()

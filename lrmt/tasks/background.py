@@ -6,10 +6,10 @@ from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from lrmt.errors import UsageError
 from lrmt.files import digest, digest_each
+from lrmt.progress import progress
 from lrmt.tasks import prose
 from lrmt.tasks.base import Pieces, derive_seed
 from lrmt.tasks.cache import Arrays, cache_folder, fingerprint_tokenizer, load_or_make
@@ -248,7 +248,7 @@ def _tokenise(books: Iterable[Sequence[str]], pieces: Pieces, num_tokens: int | 
     Ends with the book that reaches `num_tokens`. The tokenizer works in parallel.
     """
     ids, lengths, text, text_lengths, starts = [], [], [], [], [0]
-    with tqdm(desc="tokenising background", unit="token", unit_scale=True, disable=None, leave=False) as bar:
+    with progress(None, "token", "tokenising background", unit_scale=True, leave=False) as bar:
         for sentences, encoded in _encode(books, pieces):
             kept = [(s, e) for s, e in zip(sentences, encoded, strict=True) if len(e) >= MIN_SENTENCE_TOKENS]
             utf8 = [f" {sentence}".encode() for sentence, _ in kept]

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+import os
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.utils.constants import DUMMY_TARGET_MODULES
-from safetensors import SafetensorError
 from safetensors.torch import load_file
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import get_peft_config, get_quantization_config
 
-from lrmt.adapters.backbone import backbone_fingerprint, load_backbone
+from lrmt.adapters.adapter import check_savable, read_config, saved_tensors
+from lrmt.adapters.backbone import (
+    backbone_fingerprint,
+    build_empty,
+    load_backbone,
+    quantization_of,
+    read_backbone_config,
+)
+from lrmt.adapters.find import find_adapter, is_adapter
 from lrmt.arguments import ModelArguments
 from lrmt.errors import UsageError, one_line
 from lrmt.models.base import LongContextModel
+
+INIT_FLAG = "`--init_adapter_path`"
 
 
 def build_model(
@@ -38,11 +47,13 @@ def build_model(
     """
     if sharded and model_args.load_in_4bit:
         model_args.bnb_4bit_quant_storage = model_args.dtype
-    quantization_config = get_quantization_config(model_args)
+    packed, *quantization = _quantization(model_args, sharded)
+    if packed and os.environ.get("RANK", "0") == "0":
+        print(f"{model_args.model_name_or_path} is in 4 bits already ({quantization[0]}): trained over as it is")
     backbone = load_backbone(
         model_args.model_name_or_path,
         revision=model_args.model_revision,
-        quantization_config=quantization_config,
+        quantization_config=get_quantization_config(model_args),
         dtype=model_args.dtype,
         attn_implementation=model_args.attn_implementation,
         device_map=device_map,
@@ -50,28 +61,14 @@ def build_model(
     model = model_class.from_backbone(
         backbone,
         backbone_revision=model_args.model_revision,
-        backbone_quantization=model_args.bnb_4bit_quant_type if model_args.load_in_4bit else None,
         backbone_fingerprint=backbone_fingerprint(backbone),
         **settings,
     )
-    model.config.backbone_nested_quant = model_args.use_bnb_nested_quant
+    model.config.backbone_quantization, model.config.backbone_nested_quant = quantization
     # the name as the user gave it: a shipped backbone's folder is a path of this machine
-    model.config.backbone_name = model.name_or_path = model.config._name_or_path = model_args.model_name_or_path
+    model.config.backbone_name = model.config._name_or_path = model_args.model_name_or_path
     model.config.backbone_config._name_or_path = model_args.model_name_or_path
-    peft_config = get_peft_config(model_args) or LoraConfig(task_type="CAUSAL_LM", target_modules=DUMMY_TARGET_MODULES)
-    peft_config.modules_to_save = model_class.trained_modules(settings)
-    peft_config.base_model_name_or_path = model_args.model_name_or_path
-    if peft_config.target_modules is None:
-        peft_config.target_modules = "all-linear"
-    try:
-        peft_model = get_peft_model(model, peft_config, autocast_adapter_dtype=not sharded)
-    except ValueError as error:  # raised for names that match nothing, and for layers that LoRA does not know
-        if model_args.lora_target_modules is None:
-            raise
-        raise UsageError(
-            f"`--lora_target_modules` {model_args.lora_target_modules}: {str(error).split('. ')[0]}; name layers of "
-            f"{type(backbone).__name__}, or leave the flag out for every linear one"
-        ) from None
+    peft_model = _add_lora(model, model_args, settings, autocast_adapter_dtype=not sharded)
     dtype = getattr(torch, model_args.dtype) if sharded else torch.float32
     for parameter in peft_model.parameters():
         if parameter.requires_grad:
@@ -81,28 +78,95 @@ def build_model(
     return peft_model
 
 
-def _start_from(model: PeftModel, path: str) -> None:
-    """Copies a trained adapter's LoRA and memory into a new one of the same method, backbone and shape."""
-    flag, folder = f"`--init_adapter_path` {path}", Path(path)
+def build_empty_model(
+    model_class: type[LongContextModel], model_args: ModelArguments, settings: dict, *, sharded: bool = False
+) -> PeftModel:
+    """The same model without weights, on the meta device: what of it can be refused is, in a second or two.
+
+    Raises:
+        UsageError: as `build_model`, but for what only weights can show.
+    """
+    if model_args.init_adapter_path is not None:
+        find_adapter(model_args.init_adapter_path, INIT_FLAG)
+    _quantization(model_args, sharded)
+    name, attention = model_args.model_name_or_path, model_args.attn_implementation
+    backbone = build_empty(
+        read_backbone_config(name, revision=model_args.model_revision, attn_implementation=attention)
+    )
+    with torch.device("meta"):
+        model = _add_lora(model_class.from_backbone(backbone, **settings), model_args, settings)
+    check_savable(model)
+    return model
+
+
+def _quantization(model_args: ModelArguments, sharded: bool) -> tuple[bool, str | None, bool]:
+    """Whether the checkpoint is in 4 bits already, which stays as it is; the kind of 4 bits that the backbone will have (None: it
+    is not quantised), and whether its constants are quantised too. Raises `UsageError` where the flags say otherwise.
+    """
+    name, flag = model_args.model_name_or_path, f"`--model_name_or_path` {model_args.model_name_or_path}"
+    packed = quantization_of(read_backbone_config(name, revision=model_args.model_revision))
+    if packed is None:
+        kind = model_args.bnb_4bit_quant_type if model_args.load_in_4bit else None
+        return False, kind, model_args.use_bnb_nested_quant
+    kind, storage = packed.get("bnb_4bit_quant_type", "fp4"), packed.get("bnb_4bit_quant_storage", "uint8")
+    if not model_args.load_in_4bit:
+        raise UsageError(
+            f"`--load_in_4bit false`: {flag} is in 4 bits already ({kind}); leave the flag out, or name the full weights"
+        )
+    if sharded and storage != model_args.dtype:
+        raise UsageError(
+            f"{flag} stores its 4 bits as {storage}, which ZeRO cannot gather beside {model_args.dtype}; name the full weights"
+        )
+    return True, kind, packed.get("bnb_4bit_use_double_quant", False)
+
+
+def _add_lora(model: LongContextModel, model_args: ModelArguments, settings: dict, **options) -> PeftModel:
+    """Freezes all but LoRA and the memory."""
+    model.name_or_path = model_args.model_name_or_path
+    if model_args.use_peft and model_args.lora_r < 1:
+        raise UsageError(
+            f"`--lora_r` must be a whole number, 1 or more; got {model_args.lora_r}. `--use_peft false` leaves LoRA out"
+        )
+    if model_args.use_peft and model_args.use_dora and model_args.load_in_4bit and is_deepspeed_zero3_enabled():
+        raise UsageError(
+            "`--use_dora` over 4 bits does not run under ZeRO-3, which takes apart the weights that it measures; use ZeRO-2, "
+            "`--load_in_4bit false`, or leave it out"
+        )
     try:
-        weights = load_file(folder / "adapter_model.safetensors")
-        saved = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UsageError(f"{flag} is no adapter that training wrote: {one_line(error)}") from None
-    config = model.get_base_model().config
+        peft_config = get_peft_config(model_args) or LoraConfig(
+            task_type="CAUSAL_LM", target_modules=DUMMY_TARGET_MODULES
+        )
+        peft_config.modules_to_save = model.trained_modules(settings)
+        peft_config.base_model_name_or_path = model_args.model_name_or_path
+        if peft_config.target_modules is None:
+            peft_config.target_modules = "all-linear"
+        return get_peft_model(model, peft_config, **options)
+    except Exception as error:  # raised for names that match nothing, and for layers that LoRA does not know
+        if model_args.lora_target_modules is None:
+            raise UsageError(f"`--use_peft`: LoRA cannot be added as asked for: {one_line(error)}") from None
+        raise UsageError(
+            f"`--lora_target_modules` {model_args.lora_target_modules}: {str(error).split('. ')[0]}; name layers of "
+            f"{type(model.backbone).__name__}, or leave the flag out for every linear one"
+        ) from None
+
+
+def _start_from(model: PeftModel, path_or_hub_id: str) -> None:
+    """Copies a trained adapter's LoRA and memory into a new one of the same method, backbone and shape."""
+    told, path = f"{INIT_FLAG} {path_or_hub_id}", find_adapter(path_or_hub_id, INIT_FLAG)
+    if not is_adapter(path):
+        raise UsageError(f"{told} is no adapter, but a merged checkpoint; name what training wrote")
+    saved, config = read_config(path, INIT_FLAG), model.get_base_model().config
     for name in ("model_type", "backbone_fingerprint"):
-        if saved.get(name) != getattr(config, name):
+        if getattr(saved, name) != getattr(config, name):
             raise UsageError(
-                f"{flag} has {name} {saved.get(name)}; this run has {getattr(config, name)}; they must agree"
+                f"{told} has {name} {getattr(saved, name)}; this run has {getattr(config, name)}; they must agree"
             )
-    mine = {
-        name: tensor.shape for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()
-    }
-    theirs = {name: tensor.shape for name, tensor in weights.items()}
+    weights = load_file(path / "adapter_model.safetensors")
+    mine, theirs = ({name: list(tensor.shape) for name, tensor in of.items()} for of in (saved_tensors(model), weights))
     if mine != theirs:
         name = next(name for name in sorted({*mine, *theirs}) if mine.get(name) != theirs.get(name))
-        got, want = (list(shapes[name]) if name in shapes else "none" for shapes in (theirs, mine))
-        raise UsageError(f"{flag} has {name} of shape {got}, this run {want}; use the same `--lora_r` and memory")
+        got, want = (shapes.get(name, "none") for shapes in (theirs, mine))
+        raise UsageError(f"{told} has {name} of shape {got}, this run {want}; use the same `--lora_r` and memory")
     set_peft_model_state_dict(model, weights)
 
 

@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import time
 
-from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
+from lrmt.progress import progress
 from lrmt.training.curriculum import Curriculum
 
 
 class CurriculumCallback(TrainerCallback):
-    """Evaluates every `eval_steps` of a stage and at its step limit; stops training after the last stage."""
+    """Evaluates every `eval_steps` of a stage, once `eval_delay` steps are over, and at its limit; stops after the last stage."""
 
     def __init__(self, curriculum: Curriculum):
         self.curriculum = curriculum
 
     def on_step_end(self, args, state, control, **kwargs):
         limit = self.curriculum.advance()
-        control.should_evaluate = limit or self.curriculum.stage_step % int(args.eval_steps) == 0
+        due = self.curriculum.stage_step % int(args.eval_steps) == 0 and state.global_step >= args.eval_delay
+        control.should_evaluate = limit or due
         return control
 
     def on_evaluate(self, args, state, control, **kwargs):
         if self.curriculum.finished:
-            control.should_training_stop = control.should_save = True
+            control.should_training_stop = True
+            control.should_save = control.should_save or args.save_strategy != "no"
         return control
 
 
@@ -36,10 +38,9 @@ class ProgressCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.since = time.perf_counter()
-        if state.is_world_process_zero and not args.disable_tqdm:
-            self.bar = tqdm(
-                total=self.curriculum.total_steps, initial=state.global_step, dynamic_ncols=True, unit="step"
-            )
+        if state.is_world_process_zero:
+            steps = self.curriculum.total_steps
+            self.bar = progress(steps, "step", initial=state.global_step, disable=args.disable_tqdm)
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.bar is None:
@@ -60,7 +61,8 @@ class ProgressCallback(TrainerCallback):
             keys = ("loss", "eval_loss", "eval_accuracy", "eval_segments", "learning_rate", "memory_norm")
             shown = [f"{key} {logs[key]:.4g}" for key in keys if key in logs]
             if shown:
-                tqdm.write(f"step {state.global_step}: " + ", ".join(shown))
+                write = print if self.bar is None else self.bar.write  # above the bar
+                write(f"step {state.global_step}: " + ", ".join(shown))
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.bar is not None:

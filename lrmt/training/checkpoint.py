@@ -49,6 +49,16 @@ def find_checkpoint(output_dir: str | os.PathLike, wanted: str | bool | None) ->
     return str(path)
 
 
+def check_optimizer_saved(checkpoint: str) -> None:
+    """Raises `UsageError` where `--save_only_model` left the optimizer out: a run would go on along another curve."""
+    path = Path(checkpoint)
+    if not (path / "optimizer.pt").is_file() and not any(path.glob("global_step*")):
+        raise UsageError(
+            f"`--resume_from_checkpoint` {checkpoint}: saved without its optimizer (`--save_only_model`), so it cannot be gone "
+            "on from; begin anew from its weights with `--init_adapter_path`"
+        )
+
+
 def _what_is_broken(checkpoint: Path) -> str | None:
     """What a checkpoint lacks that was cut off while being written, or on a disk that filled up."""
     for name in (POSITION_FILE, *ADAPTER_FILES, "trainer_state.json"):

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 
 import torch
-from accelerate import init_empty_weights
-from peft import get_peft_model
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
-from trl import get_peft_config
 
-from lrmt.adapters.backbone import open_pretrained
 from lrmt.arguments import ModelArguments, TaskArguments, TrainingArguments
 from lrmt.models.base import LongContextModel
+from lrmt.training.build import build_empty_model
 from lrmt.training.curriculum import Curriculum
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a weight, its block's constant, that constant's own block
@@ -28,23 +23,9 @@ def describe_plan(
     training_args: TrainingArguments,
 ) -> str:
     """The plan of a run as text: stages, trainable parameters, and an estimate of memory per GPU in GiB."""
-    config = open_pretrained(
-        AutoConfig.from_pretrained, model_args.model_name_or_path, revision=model_args.model_revision
-    )
-    with init_empty_weights():
-        # the class itself: `from_config` would shard under ZeRO-3, and there are no weights to shard
-        backbone = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
-        model = model_class.from_backbone(backbone, **settings)
-        peft_config = get_peft_config(replace(model_args, load_in_4bit=False)) if model_args.use_peft else None
-        if peft_config is not None:
-            peft_config.target_modules = peft_config.target_modules or "all-linear"
-            peft_config.modules_to_save = model_class.trained_modules(settings)
-            model = get_peft_model(model, peft_config)
-        else:
-            model.requires_grad_(False)
-            for module in model_class.trained_modules(settings):
-                model.get_submodule(module).requires_grad_(True)
-    backbone.tie_weights()  # moving to the meta device had parted them
+    model = build_empty_model(model_class, model_args, settings)
+    method, backbone = model.get_base_model().config, model.get_base_model().backbone
+    config = backbone.config
     trainable = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     memory = sum(n for name, n in trainable.items() if any(module in name for module in model_class.memory_modules))
     lora = sum(trainable.values()) - memory
@@ -65,7 +46,6 @@ def describe_plan(
     width = wide if plugin is not None else 4
     states = count * (2 * 4 + master) / (world if stage >= 2 else 1)
     batch = training_args.per_device_train_batch_size
-    method = (model.get_base_model() if peft_config else model).config
     hidden, layers = config.hidden_size, config.num_hidden_layers
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
     segments = curriculum.stages[-1]

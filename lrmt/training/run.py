@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import shutil
+import tempfile
 import warnings
 from pathlib import Path
 
 import torch
 import yaml
 from accelerate import PartialState
-from transformers import AutoConfig, set_seed
+from peft import PeftModel
+from transformers import set_seed
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from lrmt.adapters.backbone import load_tokenizer, open_pretrained
+from lrmt.adapters.backbone import load_tokenizer
 from lrmt.arguments import CurriculumArguments, ModelArguments, TaskArguments, TrainingArguments, as_dict
-from lrmt.errors import UsageError
-from lrmt.models.base import LongContextModel
+from lrmt.errors import UsageError, one_line
+from lrmt.files import told_as, write_files
+from lrmt.models.base import LongContextConfig, LongContextModel
+from lrmt.progress import quiet_bars
 from lrmt.tasks.registry import build_task
-from lrmt.training.build import build_model, trainable_names
-from lrmt.training.checkpoint import check_resumable, find_checkpoint
+from lrmt.training.build import build_empty_model, build_model, trainable_names
+from lrmt.training.checkpoint import check_optimizer_saved, check_resumable, find_checkpoint
 from lrmt.training.curriculum import Curriculum
+from lrmt.training.hub import open_repository
 from lrmt.training.plan import describe_plan
+from lrmt.training.schedule import build_schedules, check_optimizer
 from lrmt.training.trainer import LongContextTrainer
+from lrmt.unsupported import TRAINING
 
 
 def train(
@@ -45,60 +52,29 @@ def train(
     Raises:
         UsageError: bad input, found before anything is written.
     """
-    curriculum = Curriculum(
-        stages=curriculum_args.curriculum_stages,
-        max_steps=curriculum_args.stage_max_steps,
-        promotion_accuracy=curriculum_args.promotion_accuracy,
-        vary_lengths=curriculum_args.vary_lengths,
-        min_segments=curriculum_args.min_segments,
-        seed=training_args.seed,
-    )
-    if training_args.deepspeed_plugin is not None:
-        _check_precision(model_args, training_args)
-        # DeepSpeed's collectives go by names that torch renames: one warning per call
-        warnings.filterwarnings("ignore", message="`torch.distributed.*deprecated", category=FutureWarning)
+    curriculum = _build_curriculum(curriculum_args, training_args.seed)
+    quiet_bars()
+    _check_precision(model_args, training_args)
     if training_args.dry_run:
         if PartialState().is_main_process:
             print(describe_plan(model_class, settings, model_args, task_args, curriculum, training_args))
         return None
+    # what can be wrong shows here, before texts are made and weights are loaded
     checkpoint = find_checkpoint(training_args.output_dir, training_args.resume_from_checkpoint)
-    resumed_here = _check_output_dir(training_args, checkpoint)
+    if checkpoint is not None:
+        check_optimizer_saved(checkpoint)
+    goes_on = _check_output_dir(training_args, checkpoint)
+    _check_training(training_args, curriculum_args, curriculum)
+    config = _check_method(model_class, settings, model_args, task_args, curriculum, training_args)
     arguments = _arguments(settings, model_args, task_args, curriculum_args, training_args)
-    identity = _identity(settings, model_args, task_args, training_args)
+    identity = _identity(config, model_args, task_args, training_args)
+
     set_seed(training_args.seed)
-    name, revision = model_args.model_name_or_path, model_args.model_revision
-    # bad settings show here, before texts are made with them and weights are loaded
-    config = model_class.config_class(
-        backbone_config=open_pretrained(AutoConfig.from_pretrained, name, revision=revision), **settings
-    )
-    length = config.segment_length
-    config.check_training(
-        max(curriculum.stages),
-        num_ranks=training_args.world_size,
-        task=task_args.task,
-        use_peft=model_args.use_peft,
-    )
-    curriculum.slack = config.length_slack
-    tokenizer = load_tokenizer(name, revision)
-    tasks = {
-        split: _build_task(task_args, tokenizer, split, length, training_args) for split in ("train", "validation")
-    }
-    # texts that cannot be made show here, before anything is loaded or written
-    shortest = min(curriculum.min_segments, curriculum.stages[0]) if curriculum.vary_lengths else curriculum.stages[0]
-    longest = [(split, curriculum.stages[-1]) for split in tasks]  # which --text_path may be too short for
-    slack = curriculum.slack if curriculum.vary_lengths else 0
-    for split, segments in [("train", shortest), ("validation", curriculum.stages[0]), *longest]:
-        for task in getattr(tasks[split], "tasks", [tasks[split]]):
-            task.example(0, segments * length - (slack if split == "train" else 0))
-    on_gpu = torch.cuda.is_available() and not training_args.use_cpu
-    model = build_model(
-        model_class,
-        model_args,
-        settings,
-        sharded=is_deepspeed_zero3_enabled() or training_args.deepspeed_plugin is not None,
-        # bitsandbytes quantises on the device that it runs on; ZeRO-3 places its own shards
-        device_map={"": PartialState().local_process_index} if on_gpu and not is_deepspeed_zero3_enabled() else None,
-    )
+    tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
+    tasks = _open_texts(task_args, tokenizer, config.segment_length, curriculum, training_args)
+    if training_args.push_to_hub and PartialState().is_main_process:
+        open_repository(training_args)
+    model = _build(model_class, settings, model_args, training_args)
     trainer = LongContextTrainer(
         model,
         training_args,
@@ -113,18 +89,119 @@ def train(
     if checkpoint is not None:
         check_resumable(checkpoint, model, curriculum, identity)
     if trainer.is_world_process_zero():
-        if not resumed_here:  # or a later resume would take up one of another run
-            for old in Path(training_args.output_dir).glob("checkpoint-*"):
-                shutil.rmtree(old)
-        _save_arguments(training_args.output_dir, arguments)
+        _begin_folder(training_args.output_dir, arguments, goes_on)
         what = " and ".join(["LoRA", *model_class.trained_modules(settings)])
         print(f"{len(trainable_names(model))} trainable tensors ({what}); saving to {training_args.output_dir}")
     PartialState().wait_for_everyone()
     trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
-    if training_args.push_to_hub:
-        trainer.push_to_hub()
+    trainer.save_model()  # and pushes it, with `--push_to_hub`
     return trainer
+
+
+def _build_curriculum(args: CurriculumArguments, seed: int) -> Curriculum:
+    return Curriculum(
+        stages=args.curriculum_stages,
+        max_steps=args.stage_max_steps,
+        promotion_accuracy=args.promotion_accuracy,
+        vary_lengths=args.vary_lengths,
+        min_segments=args.min_segments,
+        seed=seed,
+    )
+
+
+# ---------------------------------------------------------------------- checks
+
+
+def _check_precision(model_args: ModelArguments, training_args: TrainingArguments) -> None:
+    """DeepSpeed casts every parameter to its own precision, which would garble 4-bit weights stored in another."""
+    if training_args.deepspeed_plugin is None:
+        return
+    # its collectives go by names that torch renames: one warning per call
+    warnings.filterwarnings("ignore", message="`torch.distributed.*deprecated", category=FutureWarning)
+    precision = "bfloat16" if training_args.bf16 else "float16" if training_args.fp16 else "float32"
+    if model_args.dtype != precision:
+        flags = {"bfloat16": "--bf16 true", "float16": "--fp16 true --bf16 false", "float32": "--bf16 false"}
+        raise UsageError(
+            f"`--dtype` must be the precision that DeepSpeed trains in; got {model_args.dtype} and {precision}. "
+            f"Set `--dtype {precision}` or `{flags[model_args.dtype]}`"
+        )
+
+
+def _check_output_dir(training_args: TrainingArguments, checkpoint: str | None) -> bool:
+    """Refuses to write over anything that this run did not make; tells whether the run goes on where it was."""
+    path = Path(training_args.output_dir)
+    occupied = path.is_dir() and any(path.iterdir())
+    PartialState().wait_for_everyone()  # or a fast rank's first file would stop a slow one
+    goes_on = checkpoint is not None and Path(checkpoint).resolve().parent == path.resolve()
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"`--output_dir` {path} is a file; name a folder")
+    if occupied and not goes_on and not training_args.overwrite_output_dir:
+        raise UsageError(
+            f"`--output_dir` {path} is not empty; name another, go on with `--resume_from_checkpoint true`, or replace what "
+            "is there with `--overwrite_output_dir`"
+        )
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    with told_as("`--output_dir`", path), tempfile.TemporaryDirectory(dir=there, prefix=".lrmt."):
+        pass
+    return goes_on
+
+
+def _check_training(
+    training_args: TrainingArguments, curriculum_args: CurriculumArguments, curriculum: Curriculum
+) -> None:
+    """Raises `UsageError` if there is no such schedule, optimizer or log."""
+    build_schedules(training_args, curriculum.max_steps, curriculum_args.stage_lr_decay)
+    check_optimizer(training_args)
+    for name in training_args.report_to:
+        try:
+            for callback in get_reporting_integration_callbacks([name]):
+                callback()
+        except (ImportError, RuntimeError, ValueError) as error:
+            raise UsageError(f"`--report_to` {name}: {one_line(error)}") from None
+
+
+def _is_sharded(training_args: TrainingArguments) -> bool:
+    return is_deepspeed_zero3_enabled() or training_args.deepspeed_plugin is not None
+
+
+def _check_method(
+    model_class: type[LongContextModel],
+    settings: dict,
+    model_args: ModelArguments,
+    task_args: TaskArguments,
+    curriculum: Curriculum,
+    training_args: TrainingArguments,
+) -> LongContextConfig:
+    """The method's config over the backbone's, if it can be built and trained so."""
+    empty = build_empty_model(model_class, model_args, settings, sharded=_is_sharded(training_args))
+    config = empty.get_base_model().config
+    config.check_training(
+        max(curriculum.stages),
+        num_ranks=training_args.world_size,
+        task=task_args.task,
+        use_peft=model_args.use_peft,
+    )
+    curriculum.slack = config.length_slack
+    return config
+
+
+# ---------------------------------------------------------------------- texts and model
+
+
+def _open_texts(
+    task_args: TaskArguments, tokenizer, length: int, curriculum: Curriculum, training_args: TrainingArguments
+) -> dict:
+    """The task of each split. Raises `UsageError` if texts of the shortest or longest stage cannot be made."""
+    tasks = {
+        split: _build_task(task_args, tokenizer, split, length, training_args) for split in ("train", "validation")
+    }
+    shortest = min(curriculum.min_segments, curriculum.stages[0]) if curriculum.vary_lengths else curriculum.stages[0]
+    longest = [(split, curriculum.stages[-1]) for split in tasks]  # which --text_path may be too short for
+    slack = curriculum.slack if curriculum.vary_lengths else 0
+    for split, segments in [("train", shortest), ("validation", curriculum.stages[0]), *longest]:
+        for task in getattr(tasks[split], "tasks", [tasks[split]]):
+            task.example(0, segments * length - (slack if split == "train" else 0))
+    return tasks
 
 
 def _build_task(task_args: TaskArguments, tokenizer, split: str, segment_length: int, training_args: TrainingArguments):
@@ -150,39 +227,35 @@ def _build_task(task_args: TaskArguments, tokenizer, split: str, segment_length:
     )
 
 
-def _check_precision(model_args: ModelArguments, training_args: TrainingArguments) -> None:
-    """DeepSpeed casts every parameter to its own precision, which would garble 4-bit weights stored in another."""
-    precision = "bfloat16" if training_args.bf16 else "float16" if training_args.fp16 else "float32"
-    if model_args.dtype != precision:
-        flags = {"bfloat16": "--bf16 true", "float16": "--fp16 true --bf16 false", "float32": "--bf16 false"}
-        raise UsageError(
-            f"`--dtype` must be the precision that DeepSpeed trains in; got {model_args.dtype} and {precision}. "
-            f"Set `--dtype {precision}` or `{flags[model_args.dtype]}`"
-        )
+def _build(
+    model_class: type[LongContextModel], settings: dict, model_args: ModelArguments, training_args: TrainingArguments
+) -> PeftModel:
+    on_gpu = torch.cuda.is_available() and not training_args.use_cpu
+    return build_model(
+        model_class,
+        model_args,
+        settings,
+        sharded=_is_sharded(training_args),
+        # bitsandbytes quantises on the device that it runs on; ZeRO-3 places its own shards
+        device_map={"": PartialState().local_process_index} if on_gpu and not is_deepspeed_zero3_enabled() else None,
+    )
 
 
-def _check_output_dir(training_args: TrainingArguments, checkpoint: str | None) -> bool:
-    """Refuses to write over anything that this run did not make; tells whether the run goes on where it was."""
-    path = Path(training_args.output_dir)
-    occupied = path.is_dir() and any(path.iterdir())
-    PartialState().wait_for_everyone()  # or a fast rank's first file would stop a slow one
-    resumed_here = checkpoint is not None and Path(checkpoint).resolve().parent == path.resolve()
-    if path.exists() and not path.is_dir():
-        raise UsageError(f"`--output_dir` {path} is a file; name a folder")
-    if occupied and not resumed_here and not training_args.overwrite_output_dir:
-        raise UsageError(
-            f"`--output_dir` {path} is not empty; name another, go on with `--resume_from_checkpoint true`, or replace what "
-            "is there with `--overwrite_output_dir`"
-        )
-    return resumed_here
+# ---------------------------------------------------------------------- what is written
+
+
+def _begin_folder(output_dir: str, arguments: dict, goes_on: bool) -> None:
+    """Writes the arguments, and takes away checkpoints of another run, or a later resume would take one up."""
+    if not goes_on:
+        for old in Path(output_dir).glob("checkpoint-*"):
+            shutil.rmtree(old)
+    write_files(output_dir, {"arguments.yaml": yaml.safe_dump(arguments, sort_keys=True)}, "`--output_dir`")
 
 
 def _identity(
-    settings: dict, model_args: ModelArguments, task_args: TaskArguments, training: TrainingArguments
+    config: LongContextConfig, model_args: ModelArguments, task_args: TaskArguments, training: TrainingArguments
 ) -> dict:
     """What makes the batches and the weights of a run: a resumed one must have the same."""
-    of_no_matter = ("checkpoint_segments", "implementation", "top_k", "retrieval", "offload_blocks")  # to training
-    shape = {name: value for name, value in settings.items() if name not in of_no_matter}
     lora = {name: getattr(model_args, name) for name in ("use_peft", "lora_r", "lora_alpha", "lora_target_modules")}
     task = as_dict(task_args)
     for name in (
@@ -195,7 +268,7 @@ def _identity(
     ):  # data may move; another name is another text
         task[name] = task[name] and Path(task[name]).name
     batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
-    return shape | lora | task | {"per_device_train_batch_size × accumulation × ranks": batch}
+    return config.matters_to_training() | lora | task | {"per_device_train_batch_size × accumulation × ranks": batch}
 
 
 def _arguments(settings: dict, model_args, task_args, curriculum_args, training_args: TrainingArguments) -> dict:
@@ -214,14 +287,8 @@ def _arguments(settings: dict, model_args, task_args, curriculum_args, training_
         value = getattr(training_args, field.name, None)
         value = getattr(value, "value", value)  # an enum's
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        if field.init and field.name not in of_this_start and value != getattr(default, "value", default):
+        of_no_matter = not field.init or field.name in of_this_start or field.name in TRAINING
+        if not of_no_matter and value != getattr(default, "value", default):
             given[field.name] = value
     plain = (str, int, float, list, dict, type(None))
     return {name: value for name, value in given.items() if isinstance(value, plain)}
-
-
-def _save_arguments(output_dir: str, arguments: dict) -> None:
-    os.makedirs(output_dir, exist_ok=True)
-    temporary = Path(output_dir, "arguments.yaml.tmp")
-    temporary.write_text(yaml.safe_dump(arguments, sort_keys=True))
-    os.replace(temporary, Path(output_dir, "arguments.yaml"))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from transformers import Trainer, get_scheduler
+from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_callback import ProgressCallback as HfProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
@@ -19,12 +19,24 @@ from lrmt.adapters.adapter import save_adapter
 from lrmt.adapters.backbone import keep_4bit_trainable
 from lrmt.arguments import TrainingArguments
 from lrmt.errors import TrainingFault
+from lrmt.files import to_json, write_whole
 from lrmt.tasks.base import Task
 from lrmt.training.callbacks import CurriculumCallback, ProgressCallback
 from lrmt.training.checkpoint import POSITION_FILE
 from lrmt.training.collate import collate
 from lrmt.training.curriculum import Curriculum
-from lrmt.training.ranks import check_same_segments, gather_numbers
+from lrmt.training.hub import push_folder
+from lrmt.training.ranks import check_same_calls, check_same_segments, gather_numbers
+from lrmt.training.schedule import build_schedules
+
+
+class Drawn(NamedTuple):
+    """The micro-batches of a step, and how often every rank runs its backbone on each: `calls[rank][micro-batch]`."""
+
+    step: int
+    length: int
+    micro_batches: list[dict[str, torch.Tensor]]
+    calls: list[list[float]]
 
 
 class LongContextTrainer(Trainer):
@@ -56,8 +68,11 @@ class LongContextTrainer(Trainer):
         callbacks=None,
     ):
         self.curriculum, self.train_task, self.eval_task = curriculum, train_task, eval_task
-        self.eval_samples, self.stage_lr_decay, self.identity = eval_samples, stage_lr_decay, identity or {}
+        self.eval_samples, self.identity = eval_samples, identity or {}
         self.progress = ProgressCallback(curriculum)
+        self._schedules = build_schedules(args, curriculum.max_steps, stage_lr_decay)
+        self._losses: list[tuple[torch.Tensor, dict]] = []  # of the step so far, with the batches they are of
+        self._ahead: Drawn | None = None
         args.max_steps = curriculum.total_steps
         args.remove_unused_columns = False
         args.ignore_data_skip = True  # batches are drawn by step: a resumed run has none to skip
@@ -86,13 +101,27 @@ class LongContextTrainer(Trainer):
             next(epoch_iterator)
         step = self.state.global_step
         self.model.get_base_model().on_progress(self.curriculum.progress)
+        self._losses, drawn, self._ahead = [], self._ahead, None
+        if drawn is None or (drawn.step, drawn.length) != (
+            step,
+            self.curriculum.draw_length(step, self._segment_length),
+        ):
+            drawn = self._draw_step(step, num_batches)  # the first, or a promotion has changed the length
+            drawn = drawn._replace(calls=gather_numbers(drawn.calls[0], self.args.device))
+        check_same_calls(drawn.calls)
+        self.progress.tokens += sum(b["input_ids"].numel() for b in drawn.micro_batches) * self.args.world_size
+        return drawn.micro_batches, None
+
+    def _draw_step(self, step: int, num_batches: int) -> Drawn:
+        """The step's texts; its `calls` are those of this rank alone."""
         length = self.curriculum.draw_length(step, self._segment_length)
         micro_batches = []
         for micro in range(num_batches):
             number = (step * num_batches + micro) * self.args.world_size + self.args.process_index
             micro_batches.append(self._draw(self.train_task, number, self.args.per_device_train_batch_size, length))
-        self.progress.tokens += sum(b["input_ids"].numel() for b in micro_batches) * self.args.world_size
-        return micro_batches, None
+        count = self.model.get_base_model().num_backbone_calls
+        calls = [count(**batch) for batch in micro_batches] if self.args.world_size > 1 else []
+        return Drawn(step, length, micro_batches, [calls])
 
     @property
     def _segment_length(self) -> int:
@@ -105,25 +134,35 @@ class LongContextTrainer(Trainer):
     # ------------------------------------------------------------------ steps
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if self.args.world_size > 1:
-            check_same_segments(self.model.get_base_model().num_backbone_calls(**inputs), self.args.device)
         outputs = model(**inputs)
-        finite = gather_numbers(float(torch.isfinite(outputs.loss.detach())), self.args.device)
-        if not all(finite):
-            self._explain_nan(model, inputs, finite)
+        self._losses.append((outputs.loss.detach(), inputs))
+        if self.accelerator.sync_gradients:  # the step's last micro-batch
+            self._check_step(model)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def _check_step(self, model):
+        """The one collective of a step, before its gradients are used: whether every loss is finite, and the next step's calls.
+
+        So the next step is drawn here, where there are ranks to agree with.
+        """
+        losses, batches = zip(*self._losses, strict=True)
+        self._losses = []
+        finite = torch.isfinite(torch.stack(losses)).tolist()
+        ahead, calls = None, []
+        if self.args.world_size > 1 and self.is_in_train and self.state.global_step + 1 < self.state.max_steps:
+            ahead = self._draw_step(self.state.global_step + 1, self.args.gradient_accumulation_steps)
+            calls = ahead.calls[0]
+        everyone = gather_numbers([*finite, *calls], self.args.device)
+        for number, batch in enumerate(batches):
+            if not all(row[number] for row in everyone):
+                self._explain_nan(model, batch, [row[number] for row in everyone])
+        self._ahead = ahead and ahead._replace(calls=[row[len(finite) :] for row in everyone])
 
     def _explain_nan(self, model, inputs, finite):
         """Every rank comes here together, so the extra forward keeps them in step."""
         with self.accelerator.autocast():
-            norms = self.model.get_base_model().memory_norms(inputs["input_ids"], inputs["attention_mask"])
-        segments = len(norms) + 1  # the last one writes no memory
-        bad = next((s for s, norm in enumerate(norms) if not math.isfinite(norm)), None)
-        where = (
-            f"memory first breaks in segment {bad + 1}"
-            if bad is not None
-            else f"it breaks in the last segment, {segments}"
-        )
+            where = self.model.get_base_model().find_fault(inputs["input_ids"], inputs["attention_mask"])
+        segments = -(-inputs["input_ids"].shape[1] // self._segment_length)
         ranks = [rank for rank, ok in enumerate(finite) if not ok]
         raise TrainingFault(
             f"loss is not finite at step {self.state.global_step + 1} (stage {self.curriculum.stage + 1}, "
@@ -147,12 +186,7 @@ class LongContextTrainer(Trainer):
 
     def _lr_factor(self) -> float:
         """What the learning rate of the stage's next step is multiplied by; its first two steps share one, above 0."""
-        limit, warmup = self.curriculum.max_steps[self.curriculum.stage], self.args.warmup_steps
-        warmup = math.ceil(warmup * limit) if warmup < 1 else int(warmup)
-        dummy = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-        schedule = get_scheduler(self.args.lr_scheduler_type, dummy, warmup, limit, self.args.lr_scheduler_kwargs)
-        peak = self.stage_lr_decay**self.curriculum.stage
-        return peak * schedule.lr_lambdas[0](self.curriculum.stage_step + 1)
+        return self._schedules[self.curriculum.stage](self.curriculum.stage_step + 1)
 
     def _restart_schedule(self) -> None:
         """The scheduler has set the next learning rate already when a promotion moves that step to another stage."""
@@ -187,7 +221,7 @@ class LongContextTrainer(Trainer):
             loss += float(outputs.loss) * batch_size
             count += batch_size
         model.train(training)
-        right, count, loss = (sum(gather_numbers(n, self.args.device)) for n in (right, count, loss))
+        right, count, loss = map(sum, zip(*gather_numbers([right, count, loss], self.args.device), strict=True))
         metrics = {
             f"{metric_key_prefix}_accuracy": right / count,
             f"{metric_key_prefix}_loss": loss / count,
@@ -200,6 +234,18 @@ class LongContextTrainer(Trainer):
                 print(f"\n{message}", flush=True)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _determine_best_metric(self, metrics, trial):
+        """The best is one on texts of this length, shorter ones are easier; one to be loaded at the end is saved at once."""
+        of_best = [
+            e for e in self.state.log_history if e["step"] == self.state.best_global_step and "eval_segments" in e
+        ]
+        if of_best and of_best[-1]["eval_segments"] != metrics["eval_segments"]:
+            self.state.best_metric = None
+        is_best = super()._determine_best_metric(metrics, trial)
+        if is_best and self.args.load_best_model_at_end:
+            self.control.should_save = True
+        return is_best
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -214,12 +260,14 @@ class LongContextTrainer(Trainer):
         self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            path = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}", POSITION_FILE)
-            temporary = path.with_suffix(".tmp")
-            position = self.curriculum.state_dict() | {"identity": self.identity}
-            temporary.write_text(json.dumps(position, indent=2))
-            os.replace(temporary, path)
-            rotate_checkpoints(output_dir=self.args.output_dir, save_total_limit=limit, use_mtime=True)
+            folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+            write_whole(folder / POSITION_FILE, to_json(self.curriculum.state_dict() | {"identity": self.identity}))
+            rotate_checkpoints(
+                output_dir=self.args.output_dir,
+                save_total_limit=limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
         if resume_from_checkpoint is not None:
@@ -228,6 +276,19 @@ class LongContextTrainer(Trainer):
                 state = json.loads(Path(resume_from_checkpoint, "trainer_state.json").read_text())
                 self.args.max_steps = state["global_step"]
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    # ------------------------------------------------------------------ the Hub
+
+    def init_hf_repo(self, token=None, private=None):
+        self.hub_model_id, self.push_in_progress = self.args.hub_model_id, None  # opened before weights were loaded
+
+    def create_model_card(self, **kwargs):
+        """Leaves the card alone that was written with the adapter."""
+
+    def push_to_hub(self, commit_message="End of training", **kwargs):
+        """Uploads what lies in `output_dir`; `save_model` calls it with `--push_to_hub`."""
+        if self.is_world_process_zero():
+            push_folder(self.args, commit_message)
 
 
 def exact_matches(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

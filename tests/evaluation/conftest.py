@@ -11,8 +11,8 @@ import pytest
 TIMEOUT = 1.0
 
 
-def completion(text):
-    choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
+def completion(text, finish_reason="stop"):
+    choice = {"index": 0, "finish_reason": finish_reason, "message": {"role": "assistant", "content": text}}
     return {"id": "1", "object": "chat.completion", "created": 0, "model": "stub", "choices": [choice]}
 
 
@@ -35,14 +35,15 @@ class Stub(BaseHTTPRequestHandler):
             server.most_in_flight = max(server.most_in_flight, server.in_flight)
         script = server.script(prompt).split()
         try:
-            self.meet(script[min(number, len(script) - 1)], prompt)
+            self.meet(script[min(number, len(script) - 1)], prompt, body)
         except OSError:  # the client has gone
             self.close_connection = True
         finally:
             with server.lock:
                 server.in_flight -= 1
 
-    def meet(self, what, prompt):
+    def meet(self, what, prompt, body):
+        limit = body.get("max_tokens") or body.get("max_completion_tokens")
         if what in ("429", "500", "503", "400", "401"):
             self.reply(
                 {"error": {"message": f"refused with {what}"}},
@@ -52,6 +53,22 @@ class Stub(BaseHTTPRequestHandler):
         elif what == "ok":
             time.sleep(0.05)
             self.reply(completion(self.server.answer(prompt)))
+        elif what == "thinks":  # a word a token, cut where the limit says
+            words = f"<think> Let me see, {'and ' * 20} that is it. </think> {self.server.answer(prompt)}".split()
+            self.reply(completion(" ".join(words[:limit]), "length" if len(words) > limit else "stop"))
+        elif what == "keeps_thoughts_back":
+            self.reply(completion("", "length") if limit < 30 else completion(self.server.answer(prompt)))
+        elif what == "cut":
+            self.reply(completion(self.server.answer(prompt), "length"))
+        elif what == "new_names" and (refused := {"max_tokens", "temperature"} & body.keys()):
+            name = max(refused) if len(refused) == 1 else "max_tokens"
+            error = {"message": f"Unsupported parameter: '{name}'.", "param": name, "code": "unsupported_parameter"}
+            self.reply({"error": error}, 400)
+        elif what == "new_names":
+            self.reply(completion(self.server.answer(prompt)))
+        elif what == "too_long":
+            error = {"message": "max_tokens is too large", "param": "max_tokens", "code": "invalid_value"}
+            self.reply({"error": error}, 400)
         elif what == "slow":
             self.server.closing.wait(2 * TIMEOUT)
             self.reply(completion("too late"))

@@ -38,13 +38,15 @@ class FakeTask(Task):
 class FakeModel:
     """Sees up to `reach` segments back when trained, and only what it is shown when its adapter is disabled."""
 
-    device = "cpu"
+    device, generation_config = "cpu", None
     config = SimpleNamespace(model_type="rmt", segment_length=SEGMENT)
 
     def __init__(self, reach=4):
         self.reach, self.enabled = reach, True
         self.calls = []
-        self.backbone = SimpleNamespace(generate=self._generate_backbone, config=PreTrainedConfig())
+        self.backbone = SimpleNamespace(
+            generate=self._generate_backbone, config=PreTrainedConfig(), generation_config=None
+        )
 
     def eval(self):
         return self

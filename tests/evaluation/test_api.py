@@ -7,7 +7,7 @@ import pytest
 
 from lrmt.errors import UsageError
 from lrmt.evaluation import api
-from lrmt.evaluation.api import Endpoint
+from lrmt.evaluation.api import Endpoint, strip_thoughts
 from lrmt.evaluation.babilong.predictions import Predictions, build_variant, write_predictions
 from lrmt.evaluation.babilong.prompts import PARTS, TEMPLATE, prompt_parts
 from lrmt.evaluation.babilong.rescoring import score_folder
@@ -85,6 +85,60 @@ def test_one_that_answers_others_is_asked_everything(server):
     assert endpoint.answer(["400"] * 10) == [None] * 10
     prompts = ["500", "503", "ok", "500 500", "503 503", "ok"]
     assert endpoint.answer(prompts) == [None, None, "the kitchen", None, None, "the kitchen"]
+
+
+@pytest.mark.parametrize("kind", ["thinks", "keeps_thoughts_back"])
+def test_an_answer_cut_before_anything_is_said_failed(server, kind):
+    endpoint = Endpoint("stub", timeout=TIMEOUT, max_retries=0)
+    assert endpoint.answer([kind], 20) == [None]
+    assert "cut after 20 tokens, before anything was said" in endpoint.failure
+    assert "raise --api_max_tokens" in endpoint.failure
+    assert endpoint.answer([kind], 100) == ["the kitchen"]  # without its thoughts
+    assert endpoint.answer(["cut"], 20) == ["the kitchen"]  # what was said counts
+
+
+def test_a_model_whose_thoughts_are_always_cut_is_given_up(server):
+    endpoint = Endpoint("stub", concurrency=1, timeout=TIMEOUT, max_retries=0)
+    assert endpoint.answer(["thinks " * n for n in range(1, 9)], 5) == [None] * 8
+    assert len(server.requests) == api.PATIENCE
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("bathroom", "bathroom"),
+        (" the\n bathroom ", " the\n bathroom "),
+        ("<think>kitchen? no.\n\nno.</think>\n\nbathroom", "bathroom"),
+        ("<think></think>bathroom", "bathroom"),
+        ("kitchen? no.</think>\nbathroom", "bathroom"),  # where the prompt's template opens the thoughts
+        ("<think>a</think><think>b</think>bathroom", "bathroom"),
+        ("<think>kitchen? no", "<think>kitchen? no"),
+    ],
+)
+def test_finished_thoughts_are_no_part_of_an_answer(text, said):
+    assert strip_thoughts(text) == said
+
+
+def test_half_a_character_is_no_text(server):
+    server.answer = lambda prompt: "the \ud83d café"
+    assert Endpoint("stub", timeout=TIMEOUT).answer(["ok"]) == ["the ? café"]
+
+
+def test_an_endpoint_that_wants_other_names_is_asked_by_them(server):
+    endpoint = Endpoint("stub", concurrency=1, timeout=TIMEOUT, max_retries=0)
+    assert endpoint.answer(["new_names", "new_names "], 20) == ["the kitchen"] * 2
+    bodies = [body for found in server.requests.values() for _, body, _ in found]
+    asked = [{key: body[key] for key in body if key not in ("model", "messages")} for body in bodies]
+    assert asked == [
+        {"temperature": 0, "max_tokens": 20}, {"temperature": 0, "max_completion_tokens": 20},
+        {"max_completion_tokens": 20}, {"max_completion_tokens": 20},
+    ]  # fmt: skip
+
+
+def test_what_one_prompt_is_refused_for_does_not_change_the_others(server):
+    endpoint = Endpoint("stub", concurrency=1, timeout=TIMEOUT, max_retries=0)
+    assert endpoint.answer(["too_long", "ok"], 20) == [None, "the kitchen"]
+    assert server.requests["ok"][0][1].keys() == {"model", "messages", "temperature", "max_tokens"}
 
 
 def test_prompts_are_made_as_they_can_be_asked(server):

@@ -5,10 +5,11 @@ import pytest
 import torch
 from evaluation_fakes import EOS, FakeTokenizer
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, LlamaConfig
 
 from lrmt.errors import UsageError
-from lrmt.evaluation.contenders import answer, build_contenders
+from lrmt.evaluation.contenders import BUILDERS, answer, build_contenders
+from lrmt.evaluation.settings import BASELINES
 from lrmt.models import RmtForCausalLM
 from lrmt.tasks.base import Example
 
@@ -94,6 +95,38 @@ def test_learned_positions_have_an_end():
     ids = np.arange(16, 46)
     shown = backbone.show(Example(ids, ids[:1], "", "", "qa1"), NEW)
     assert shown.tolist() == ids[-(SEGMENT + 4 - NEW) :].tolist()  # the answer has a place too
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"repetition_penalty": 1.9},
+        {"num_beams": 2},
+        {"no_repeat_ngram_size": 1},
+        {"suppress_tokens": list(range(16, 33)), "begin_suppress_tokens": list(range(33, 50))},
+        {"forced_eos_token_id": 20, "min_new_tokens": NEW, "bad_words_ids": [[n] for n in range(16, 30)]},
+        {"do_sample": True, "temperature": 9.0, "top_k": 3, "eos_token_id": list(range(16, 50))},
+        {"return_dict_in_generate": True, "sequence_bias": [[[17], 99.0]]},
+    ],
+)
+def test_the_backbone_s_generation_settings_change_nothing(model, prompts, settings):
+    """All columns are measured alike, as the streaming ones always were, whatever generation_config.json says."""
+    names = [name for name in BASELINES if name not in ("rag", "api")]
+    plain = {c.name: answers(c, prompts) for c in build_contenders(model, names)}
+    owners = (model.get_base_model(), model.get_base_model().backbone)
+    before, leaking = [owner.generation_config for owner in owners], GenerationConfig(**settings)
+    try:
+        for owner in owners:
+            owner.generation_config = leaking
+        assert {c.name: answers(c, prompts) for c in build_contenders(model, names)} == plain
+        assert all(owner.generation_config is leaking for owner in owners)  # nor does measuring change them
+    finally:
+        for owner, config in zip(owners, before, strict=True):
+            owner.generation_config = config
+
+
+def test_every_baseline_has_somebody_who_answers():
+    assert BUILDERS.keys() | {"api"} == BASELINES.keys()
 
 
 def test_a_padded_batch_answers_as_its_rows_alone(model, prompts):

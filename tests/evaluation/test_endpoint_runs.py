@@ -16,8 +16,8 @@ from lrmt.adapters.adapter import save_adapter
 from lrmt.cli import main
 from lrmt.errors import UsageError
 from lrmt.evaluation import api
+from lrmt.evaluation.answers import Answer, KeptAnswers
 from lrmt.evaluation.babilong.rescoring import score_folder
-from lrmt.evaluation.grid import KeptAnswers
 from lrmt.models import RmtForCausalLM
 
 TINY = Path(__file__).parents[2] / "lrmt" / "assets" / "tiny-llama"
@@ -131,6 +131,20 @@ def test_what_was_answered_before_a_run_was_stopped_is_kept(adapter, server, tmp
     assert record["accuracy"] == 1.0 and len(server.requests) == 3
 
 
+def test_a_budget_too_small_for_thoughts_is_told_and_may_be_raised(adapter, server, tmp_path, capsys):
+    server.script = lambda prompt: "thinks"
+    flags = "--task passkey --lengths 1 --num_samples 4 --api_model stub"
+    (record,) = evaluate(adapter, tmp_path / "out", flags)
+    assert record["accuracy"] is None and "cut after 20 tokens" in record["error"]
+    assert "--api_max_tokens" in record["error"]
+    (record,) = evaluate(adapter, tmp_path / "out", f"{flags} --api_max_tokens 60")
+    assert record["accuracy"] == 1.0
+    assert "at most 240 out" in capsys.readouterr().out
+    with pytest.raises(SystemExit):  # what is there would have failed
+        evaluate(adapter, tmp_path / "out", f"{flags} --api_max_tokens 10")
+    assert "api_max_tokens 60, now 10" in capsys.readouterr().err
+
+
 def test_predictions_of_an_endpoint_say_how_it_was_asked(adapter, server, tmp_path):
     server.answer = lambda prompt: "kitchen"
     flags = "--task qa1 --lengths 0k --num_samples 4 --question_position both --api_model stub"
@@ -174,7 +188,58 @@ def test_two_processes_share_what_is_asked_and_keep_all_of_it(adapter, server, t
     assert record["accuracy"] == 1.0 and len(server.requests) == len(set(lost))
 
 
+def answer_of(index, output="12345"):
+    return Answer(index, "12345", output, "What?", "passkey")
+
+
+def test_answers_are_added_to_their_file(tmp_path):
+    path = tmp_path / "answers" / "cell.jsonl"
+    kept, contents = KeptAnswers(path), []
+    for index in (2, 0, 1):
+        kept.add([answer_of(index)])
+        contents.append(path.read_bytes())
+    assert all(after.startswith(before) for before, after in zip(contents, contents[1:], strict=False))
+    assert [json.loads(line)["index"] for line in contents[-1].splitlines()] == [2, 0, 1]
+    inode = path.stat().st_ino
+    kept.add([answer_of(2)])  # known already
+    assert path.read_bytes() == contents[-1] and path.stat().st_ino == inode
+    kept.add([answer_of(0, "999")])  # of several to one index the last counts
+    assert KeptAnswers(path).answers == {0: answer_of(0, "999"), 1: answer_of(1), 2: answer_of(2)}
+    kept.settle([answer_of(3)])  # of another rank
+    assert [json.loads(line)["index"] for line in path.read_text().splitlines()] == [0, 1, 2, 3]
+    kept.add([answer_of(4)])
+    assert sorted(KeptAnswers(path).answers) == [0, 1, 2, 3, 4]
+    KeptAnswers(path, write=False).add([answer_of(5)])
+    KeptAnswers(path, fresh=True, write=False)
+    assert sorted(KeptAnswers(path).answers) == [0, 1, 2, 3, 4]
+    assert KeptAnswers(path, fresh=True).answers == {} and not path.exists()
+
+
+@pytest.mark.parametrize("cut", [1, 7, -3])
+def test_half_a_line_at_the_end_is_asked_again(tmp_path, cut):
+    path = tmp_path / "cell.jsonl"
+    KeptAnswers(path).add([answer_of(0), answer_of(1), answer_of(2, "the café")])
+    *whole, last = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(whole) + last[:cut])
+    kept = KeptAnswers(path)
+    assert sorted(kept.answers) == [0, 1]
+    kept.add([answer_of(2)])
+    assert path.read_bytes() == b"".join(whole) + last.replace(b"the caf\\u00e9", b"12345")
+    assert sorted(KeptAnswers(path).answers) == [0, 1, 2]
+
+
+def test_a_damaged_line_before_the_last_is_refused(tmp_path):
+    path = tmp_path / "cell.jsonl"
+    KeptAnswers(path).add([answer_of(0), answer_of(1)])
+    first, last = path.read_bytes().splitlines(keepends=True)
+    for damaged in (first[:7] + b"\n" + last, b"\xff" + first + last, first + b"\n" + last[:7]):
+        path.write_bytes(damaged)
+        with pytest.raises(UsageError, match="holds no answers"):
+            KeptAnswers(path)
+        assert path.read_bytes() == damaged
+
+
 def test_damaged_answers_are_one_line(tmp_path):
-    (tmp_path / "qa1_80.jsonl").write_text('{"index": 1')
+    (tmp_path / "qa1_80.jsonl").write_text('{"index": 1\n')
     with pytest.raises(UsageError, match="qa1_80.jsonl holds no answers .*; remove it to ask again"):
         KeptAnswers(tmp_path / "qa1_80.jsonl")

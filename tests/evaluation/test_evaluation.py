@@ -170,6 +170,16 @@ def test_what_a_folder_of_texts_holds_counts_and_not_where_it_is(adapter, tmp_pa
     assert identity(background_dir=str(tmp_path / "b" / "qa1_test.txt"))["background_dir"]
 
 
+def test_the_model_is_opened_as_was_asked(adapter, monkeypatch):
+    folder, model = adapter
+    opened = []
+    monkeypatch.setattr(lrmt, "load", lambda path, **options: opened.append(options) or model)
+    evaluate(folder, "1", top_k=3, offload_blocks=True, load_in_4bit=False, model_name_or_path="elsewhere/llama")
+    assert [options | {"device_map": None} for options in opened] == [
+        {"top_k": 3, "offload_blocks": True, "load_in_4bit": False, "model_name_or_path": "elsewhere/llama", "device_map": None}
+    ]  # fmt: skip
+
+
 def test_a_second_endpoint_is_a_column_of_its_own(adapter):
     api = {"task": ("passkey",), "baseline": ("api",)}
     one, two = (EvaluationSettings(str(adapter[0]), api_model=name, **api).identity() for name in ("a/x", "b/y"))

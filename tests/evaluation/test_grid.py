@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +17,10 @@ from lrmt.adapters.adapter import save_adapter
 from lrmt.cli import main
 from lrmt.evaluation import run
 from lrmt.evaluation.babilong.rescoring import score_folder
+from lrmt.evaluation.contenders import Contender, EndpointContender
+from lrmt.evaluation.grid import measure_cell
 from lrmt.models import LandmarkForCausalLM, RmtForCausalLM
+from lrmt.tasks.registry import build_task
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "lrmt" / "assets" / "tiny-llama"
@@ -23,10 +28,10 @@ SEGMENT = 80
 LOCAL = ["backbone", "full", "sliding_window", "xl", "rag"]
 
 
-def save(folder, method, **settings):
+def save(folder, method, backbone=TINY, **settings):
     """A memory that was never trained over a backbone that reads: right where everything stands in one segment."""
     torch.manual_seed(0)
-    model = method.from_backbone(AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32), **settings)
+    model = method.from_backbone(AutoModelForCausalLM.from_pretrained(backbone, dtype=torch.float32), **settings)
     memory = method.memory_modules
     lora = LoraConfig(r=2, target_modules="all-linear", modules_to_save=memory, task_type="CAUSAL_LM")
     save_adapter(get_peft_model(model, lora), folder, AutoTokenizer.from_pretrained(TINY))
@@ -83,6 +88,36 @@ def test_baselines_of_a_landmark_adapter_are_those_of_its_backbone(adapter, tmp_
     assert {name: found[name,] for name in LOCAL} == {name: wanted[name,] for name in LOCAL}
     assert found["landmark",] == found["untrained",]
     assert found["xl",] >= 4 / 6
+
+
+def test_generation_settings_of_the_backbone_s_files_change_nothing(adapter, tmp_path):
+    """As many instruction-tuned models ship them; beams no memory could be measured with."""
+    backbone = shutil.copytree(TINY, tmp_path / "backbone")
+    path = backbone / "generation_config.json"
+    settings = {"repetition_penalty": 1.9, "no_repeat_ngram_size": 1, "num_beams": 2, "suppress_tokens": [20, 21, 22]}
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    leaking = save(tmp_path / "adapter", RmtForCausalLM, backbone, num_memory_tokens=2, segment_length=SEGMENT)
+    flags = f"--task passkey --lengths 1 --num_samples 6 --baseline {' '.join(LOCAL)}"
+    found = accuracies(evaluate(leaking, tmp_path / "out", flags), "model")
+    assert found == accuracies(evaluate(adapter, tmp_path / "plain", flags), "model")
+    assert found["rmt",] >= 4 / 6
+
+
+@pytest.mark.parametrize("target", ["one\ntwo", "a <s> b", "</i><s>"])
+def test_what_the_tokenizer_says_of_a_target_is_right(tmp_path, target):
+    """A contender whose ids are those of training is right, whatever stands in a target."""
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    row = {"input": "He wrote <s> and left.", "question": "What?", "target": target}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    task = build_task("dataset", tokenizer, split="test", dataset_path=tmp_path / "rows.jsonl", segment_length=SEGMENT)
+    ids = torch.from_numpy(task.example(0).answer_ids)[None]
+    oracle = Contender("oracle", lambda input_ids, **_: torch.cat([input_ids, ids, 0 * ids], dim=1))
+    (record,), answers = measure_cell(
+        [oracle], task, None, tokenizer=tokenizer, segment_length=SEGMENT, num_samples=1, batch_size=1
+    )
+    assert record["accuracy"] == 1.0, answers
+    prompt = EndpointContender(SimpleNamespace(model="stub"), tokenizer).prompt(task.example(0))
+    assert "He wrote <s> and left." in prompt
 
 
 def test_everybody_may_say_twenty_tokens(adapter, tmp_path, monkeypatch):

@@ -3,20 +3,22 @@
 import json
 import struct
 from collections import defaultdict
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 import lrmt
 from lrmt.adapters.adapter import save_adapter
 from lrmt.adapters.backbone import load_tokenizer
 from lrmt.arguments import ModelArguments
 from lrmt.cli import main
-from lrmt.evaluation.inspect import build_records, shorten
+from lrmt.evaluation.inspect import answer_and_record, build_records, shorten
 from lrmt.evaluation.plots import draw_retrieval
-from lrmt.models import LandmarkForCausalLM, RmtForCausalLM
+from lrmt.models import LandmarkForCausalLM, RmtForCausalLM, Span
 from lrmt.training.build import build_model
 
 K, LAYERS, HEADS, TOP_K = 8, 2, 4, 2
@@ -182,7 +184,9 @@ def test_shares_of_a_head_are_at_most_one(model, tokenizer, inspect, tmp_path):
 
 def test_places_without_a_block_are_no_records():
     blocks, shares = torch.tensor([[3, -1], [5, 3]]), torch.tensor([[0.5, 0.0], [0.25, 0.125]])
-    assert build_records([{}, {(0, 1): (blocks, shares)}], ["a", "b"], K) == [
+    teller = SimpleNamespace(config=SimpleNamespace(block_length=K))
+    steps = [LandmarkForCausalLM._spans(teller, step) for step in ({}, {(0, 1): (blocks, shares)})]
+    assert build_records(steps, ["a", "b"]) == [
         {"answer_token": 1, "text": "b", "layer": 1, "block": 3, "share": 0.3125, "start_token": 21},
         {"answer_token": 1, "text": "b", "layer": 1, "block": 5, "share": 0.125, "start_token": 35},
     ]
@@ -247,6 +251,50 @@ def test_bad_input_is_one_line_and_writes_nothing(inspect, backbones, tmp_path, 
         assert captured.err.count("\n") == 1
         assert message in captured.err
         assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_backbone_s_generation_settings_change_nothing(model, tokenizer):
+    ask = model, tokenizer, encode(tokenizer, TEXT), encode(tokenizer, QUESTION), 8
+    plain, owner = answer_and_record(*ask)[0], model.get_base_model()
+    own, owner.generation_config = owner.generation_config, GenerationConfig(repetition_penalty=9.0, num_beams=2)
+    try:
+        assert answer_and_record(*ask)[0] == plain
+    finally:
+        owner.generation_config = own
+
+
+def test_any_method_that_tells_what_it_reads(inspect, backbones, tmp_path, monkeypatch, capsys):
+    """Segments of a recurrent memory, as well as blocks: the spans say where their text begins and ends."""
+    segment = 48
+    settings = {"num_memory_tokens": 4, "segment_length": segment}
+    rmt = save_random_adapter(backbones["llama"], tmp_path / "rmt", RmtForCausalLM, settings)
+    forward = RmtForCausalLM.forward
+
+    @contextmanager
+    def recording(self):
+        steps = []
+
+        def record(self, *arguments, **named):
+            steps.append([[Span(0, 0, 0, segment, 0.25), Span(1, 2, 2 * segment, 3 * segment, 0.75)]])
+            return forward(self, *arguments, **named)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(RmtForCausalLM, "forward", record)
+            yield steps
+
+    monkeypatch.setattr(RmtForCausalLM, "can_record", True)
+    monkeypatch.setattr(RmtForCausalLM, "recording", recording)
+    assert inspect("--max_new_tokens", "3", "--question", QUESTION, adapter=rmt) == 0
+    records = json.loads((tmp_path / "out" / "retrieval.json").read_text())
+    assert {(r["layer"], r["block"], r["share"], r["start_token"]) for r in records} == {
+        (0, 0, 0.25, 0), (1, 2, 0.75, 2 * segment),
+    }  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(rmt)
+    passage = " ".join(tokenizer.decode(encode(tokenizer, TEXT)[2 * segment : 3 * segment]).split())
+    assert f"       2: {100 * 0.75 / LAYERS * len({r['answer_token'] for r in records}):<6.1f}" in (
+        out := capsys.readouterr().out
+    )
+    assert passage[:80] in out
 
 
 def test_overwrite_leaves_other_files_alone(inspect, tmp_path):

@@ -77,6 +77,30 @@ def test_own_rows_are_right_when_the_first_line_equals_the_target():
     assert not score("kitchen", "the kitchen", "Where is Mary?", "qa1", "exact")
 
 
+@pytest.mark.parametrize(
+    ("target", "output", "right"),
+    [
+        ("one\ntwo", "one\ntwo", True),
+        ("one\ntwo", " One\r\nTwo\nand more", True),
+        ("one\ntwo\n", "one\ntwo \nand more", True),
+        ("one\n\ntwo", "one\n\ntwo", True),
+        ("one\ntwo", "one", False),
+        ("one\ntwo", "one two", False),
+        ("one\ntwo", "one\nthree", False),
+        ("one", "one\ntwo", True),
+        ("café", "cafe\N{COMBINING ACUTE ACCENT}", True),  # as another tokenizer, or an endpoint, spells it
+        ("cafe\N{COMBINING ACUTE ACCENT}", "Café\nau lait", True),
+        ("café", "cafe", False),
+    ],
+)
+def test_as_many_lines_are_compared_as_the_target_has(target, output, right):
+    assert score(target, output, "Which?", "dataset") is score(target, output, "Which?", "qa1", "exact") is right
+
+
+def test_contains_knows_both_spellings_of_a_character():
+    assert score("café", "In the Cafe\N{COMBINING ACUTE ACCENT}.", "Where?", "dataset", "contains")
+
+
 @pytest.mark.parametrize("task", ["memorize", "detect_memorize", "reasoning"])
 def test_rooms_of_the_memory_tasks_are_found_in_a_sentence(task):
     for rule in ("official", "strict"):

@@ -2,6 +2,11 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +20,7 @@ from lrmt.adapters.adapter import save_adapter
 from lrmt.adapters.backbone import load_tokenizer
 from lrmt.arguments import ModelArguments
 from lrmt.cli import main
+from lrmt.evaluation import grid
 from lrmt.evaluation import perplexity as module
 from lrmt.evaluation.contenders import Contender, build_contenders
 from lrmt.evaluation.perplexity import build_record, measure_losses
@@ -127,6 +133,27 @@ def test_batches_do_not_matter(model):
         assert together[name] == pytest.approx(alone[name], abs=1e-4)
 
 
+@pytest.mark.parametrize("num_samples", [1, 5, 6])
+def test_ranks_share_the_texts(model, monkeypatch, num_samples):
+    """Each text is measured by one of three, in the batches of one process, and all have the whole in the order of one."""
+    contenders, measured = build_contenders(model), []
+    alone = measure(contenders, 2, num_samples=num_samples)
+    shares = []
+    for rank in range(3):
+        monkeypatch.setattr(
+            grid, "PartialState", lambda rank=rank: SimpleNamespace(process_index=rank, num_processes=3)
+        )
+        monkeypatch.setattr(module, "gather_object", lambda share: measured.append(share) or share)
+        measured.clear()
+        measure(contenders, 2, num_samples=num_samples)
+        shares.append(list(measured))
+    for name, of_ranks in zip(alone, zip(*shares, strict=True), strict=True):
+        pairs = sorted(pair for share in of_ranks for pair in share)
+        assert [index for index, _ in pairs] == list(range(num_samples))
+        assert [loss for _, loss in pairs] == alone[name].tolist()
+        assert max(map(len, of_ranks)) <= -(-num_samples // 6) * 2  # batches of two
+
+
 def test_the_same_tokens_are_scored_at_all_lengths():
     seen = {}
 
@@ -158,7 +185,7 @@ def test_a_contender_with_a_window_sees_the_end(monkeypatch):
     measure([Contender("all", None, loss), Contender("end", None, loss, window=SEGMENT)], 4, num_samples=3)
     assert shapes == [(2, 48), (2, 12), (1, 48), (1, 12)]
     shapes.clear()
-    monkeypatch.setattr(module, "MAX_BATCH_TOKENS", 3 * 2 * SEGMENT)  # long texts come in smaller batches
+    monkeypatch.setattr(grid, "MAX_BATCH_TOKENS", 3 * 2 * SEGMENT)  # long texts come in smaller batches
     measure([Contender("all", None, loss)], 2, num_samples=4, batch_size=4)
     assert shapes == [(3, 24), (1, 24)]
 
@@ -258,6 +285,28 @@ def test_from_an_adapter_to_its_files(adapters, book, tmp_path, capsys, monkeypa
     assert "longest of --lengths 3, now 4" in capsys.readouterr().err
     assert evaluate(adapters[name], flags.replace("1 3", "1 4"), *paths, "--overwrite") == 0
     assert [r["segments"] for r in json.loads((out / "perplexity.json").read_text())] == [1, 1, 1, 4, 4, 4]
+
+
+@pytest.mark.distributed
+def test_two_processes_give_what_one_gives(adapters, book, tmp_path):
+    flags = "--task perplexity --lengths 1 2 --num_samples 5 --batch_size 2"
+    assert evaluate(adapters["rmt"], flags, "--text_path", book, "--output_dir", tmp_path / "one") == 0
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "lrmt.cli"]
+    command += ["evaluate", "--adapter_path", adapters["rmt"], *flags.split(), "--text_path", book]
+    environment = os.environ | {"PYTHONPATH": str(Path(lrmt.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*map(str, command), "--output_dir", str(tmp_path / "two")],
+        capture_output=True, text=True, timeout=300, env=environment, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("perplexity.json and") == 1  # one of them writes, and tells
+    one, two = ((tmp_path / name / "perplexity.json").read_text() for name in ("one", "two"))
+    assert json.loads(two) == json.loads(one)
+    assert sorted(p.name for p in (tmp_path / "two").iterdir()) == [
+        "perplexity.json",
+        "perplexity.png",
+        "settings.json",
+    ]
 
 
 class Recorder:

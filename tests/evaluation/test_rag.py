@@ -83,6 +83,10 @@ def test_passages_of_so_many_tokens(tokenizer):
     assert np.array_equal(retriever(example(tokenizer)), ids)  # all of them, in order, is the text
 
 
+def test_special_tokens_in_a_text_are_shown(tokenizer):
+    assert show(tokenizer, top_k=1, context=[*CONTEXT, "Mary wrote <s> there."]).startswith("Mary wrote <s> there.")
+
+
 def test_a_text_without_context(tokenizer):
     assert show(tokenizer, context=[]) == QUESTION
 

@@ -10,12 +10,12 @@ from peft import PeftModel
 
 import lrmt
 from lrmt.adapters.adapter import save_adapter
-from lrmt.adapters.backbone import keep_4bit_trainable, load_tokenizer
+from lrmt.adapters.backbone import copy_dequantised_, keep_4bit_trainable, load_tokenizer
 from lrmt.arguments import ModelArguments
 from lrmt.cli import main
 from lrmt.errors import UsageError
 from lrmt.models import RmtForCausalLM
-from lrmt.publishing.merge import copy_dequantised_, merge_adapter
+from lrmt.publishing.merge import merge_adapter
 from lrmt.training.build import build_model
 
 ARCHITECTURES = ["llama", "llama-tied", "mistral", "qwen2", "gpt2"]

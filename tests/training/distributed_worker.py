@@ -12,6 +12,7 @@ from bitsandbytes.nn import Linear4bit
 
 from lrmt.adapters.backbone import keep_4bit_trainable
 from lrmt.errors import TrainingFault
+from lrmt.training import trainer as trainer_module
 from lrmt.training.recipe import parse_recipe
 from lrmt.training.run import train
 
@@ -47,13 +48,15 @@ def known_logits(trainer) -> tuple[dict, torch.Tensor]:
 
 def provoke_guard(trainer) -> tuple[str, float]:
     """What a step says, and after how many seconds, in which rank r is given r + 1 segments."""
-    rank = trainer.args.process_index
-    inputs = trainer._draw(trainer.train_task, rank, 2, (rank + 1) * trainer._segment_length)
+    draw, length = trainer._draw, (trainer.args.process_index + 1) * trainer._segment_length
+    trainer._draw = lambda task, number, rows, _: draw(task, number, 2, length)
     began = time.perf_counter()
     try:
-        trainer.compute_loss(trainer.model_wrapped, inputs)
+        trainer.get_batch_samples(iter([0]), 1, trainer.args.device)
     except TrainingFault as error:
         return str(error), time.perf_counter() - began
+    finally:
+        del trainer._draw
     return "", time.perf_counter() - began
 
 
@@ -67,8 +70,17 @@ def provoke_nan(trainer) -> str:
         return str(error)
 
 
+def count_collectives() -> list[int]:
+    """How many numbers the trainer gathers each time, from now on."""
+    sizes, gather = [], trainer_module.gather_numbers
+    trainer_module.gather_numbers = lambda numbers, device: sizes.append(len(numbers)) or gather(numbers, device)
+    return sizes
+
+
 def main():
+    collectives = count_collectives()
     trainer = train_with(None)
+    collectives = list(collectives)
     inputs, logits = known_logits(trainer)
     engine = trainer.model_wrapped
     record = {
@@ -80,6 +92,7 @@ def main():
         "curriculum": trainer.curriculum.state_dict(),
         "inputs": inputs,
         "logits": logits,
+        "collectives": collectives,
     }
     if METHOD == "rmt":  # in training a landmark model runs its backbone once, whatever the text
         record |= {"guard": provoke_guard(trainer), "nan": provoke_nan(trainer)}

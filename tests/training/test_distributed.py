@@ -249,6 +249,15 @@ def test_zero2_accumulates(backbone, tmp_path):
         assert curve(records[0]["log"], key) == pytest.approx(curve(log, key), rel=1e-3)
 
 
+def test_a_step_takes_one_collective(sharded):
+    """Of the loss and the next step's number of segments; a promotion, which changes the length, takes one more."""
+    first, stages, evaluation = [1], [[2] * (steps - 1) for steps in STAGE_STEPS], [3]
+    promoted = [*first, *stages[0], 2, *evaluation, *first, *stages[1], 1, *evaluation]
+    by_chance = [*first, *stages[0], 2, *evaluation, *stages[1], 1, *evaluation]  # drawn in both stages
+    for record in sharded[1]:
+        assert record["collectives"] in (promoted, by_chance)
+
+
 def test_guard_speaks_on_every_rank_of_an_engine(sharded):
     for message, seconds in (record["guard"] for record in sharded[1]):
         assert "different numbers of segments (rank 0: 1, rank 1: 2)" in message

@@ -256,7 +256,7 @@ def test_old_checkpoints_go_only_when_the_new_one_is_whole(monkeypatch, tmp_path
     fake = object.__new__(module.LongContextTrainer)
     fake.args = SimpleNamespace(save_total_limit=1, should_save=True, output_dir=str(tmp_path))
     fake.accelerator = SimpleNamespace(wait_for_everyone=lambda: None)
-    fake.state = SimpleNamespace(global_step=7)
+    fake.state = SimpleNamespace(global_step=7, best_model_checkpoint=None)
     fake.identity = {"task": "passkey"}
     fake.curriculum = module.Curriculum(stages=[1], max_steps=[1])
     fake._save_checkpoint(None, None)

@@ -112,7 +112,7 @@ def read_predictions(path: Path) -> Predictions:
     """One cell. An empty field (what pandas writes for NaN) is an empty answer. Raises UsageError for what cannot be scored."""
     match = STEM.fullmatch(path.stem)
     try:
-        with open(path, newline="", encoding="utf-8") as stream:
+        with open(path, newline="", encoding="utf-8-sig") as stream:
             header, *lines = csv.reader(stream, strict=True)
     except ValueError as error:  # nothing to unpack, or not UTF-8
         reason = "is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else "is empty"

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from lrmt.evaluation.babilong.predictions import Predictions, describe_variant, find_predictions, read_predictions
 from lrmt.evaluation.metrics import score
-from lrmt.evaluation.results import align, build_record, check_not_there
+from lrmt.evaluation.results import align, build_record, check_output
 from lrmt.files import to_json, write_files
 from lrmt.flags import flag
 from lrmt.lengths import format_tokens
@@ -45,7 +45,7 @@ def score_folder(folder, output_dir=None, overwrite: bool = False) -> list[dict]
     files = find_predictions(folder)
     names = ["scores.json", *(f"heatmap_{rule}.png" for rule in RULES)]
     if output_dir is not None:
-        check_not_there(output_dir, names, overwrite)
+        check_output(output_dir, overwrite, names)
     records = [record for path in files for record in score_cell(read_predictions(path))]
     print("\n\n".join(format_scores(table) for table in split_tables(records)))
     if output_dir is not None:

@@ -4,11 +4,11 @@ import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import Collator, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.models.utils_hf import stop_sequences_criteria
-from tqdm import tqdm
 
 import lrmt
-from lrmt.evaluation.contenders import decode_answer, pad_left, pad_token_id
+from lrmt.evaluation.decoding import decode_answer, generating, greedy, pad_left, pad_token_id
 from lrmt.evaluation.run import load_tokenizer
+from lrmt.progress import progress
 from lrmt.tasks.base import Pieces
 
 
@@ -34,6 +34,7 @@ class HarnessModel(TemplateLM):
         device_map = None if on_cpu else {"": self._device}
         model = lrmt.load(pretrained, load_in_4bit=load_in_4bit, device_map=device_map, **reading).eval()
         self.model = model if hasattr(model, "disable_adapter") else model.to(self._device)
+        self.generate = generating(self.model)
         self.tokenizer = load_tokenizer(pretrained)
         self.batch_size = int(batch_size)
         self.prefix = Pieces(self.tokenizer).prefix
@@ -43,9 +44,9 @@ class HarnessModel(TemplateLM):
         return self.tokenizer.eos_token_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
-        """Ids of a text, which begins with a space and without special tokens, as in training."""
+        """Ids of a text, which begins with a space and without special tokens, as in training: those in it are text."""
         text = self.prefix + string if string[:1].strip() else string
-        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         """The continuation of each (text, generation arguments), up to the end-of-sequence token or a stop string."""
@@ -56,14 +57,19 @@ class HarnessModel(TemplateLM):
             group_fn=lambda request: request[1],
         )
         outputs = []
-        with tqdm(total=len(requests), unit="answer", disable=disable_tqdm) as bar:
-            for batch in queue.get_batched(n=self.batch_size):
-                texts, arguments = zip(*batch, strict=True)
-                for text, output in zip(texts, self._generate(texts, arguments[0]), strict=True):
-                    self.cache_hook.add_partial("generate_until", (text, arguments[0]), output)
-                    outputs.append(output)
-                bar.update(len(batch))
+        for batch in self._batches(queue, len(requests), "answer", disable_tqdm):
+            texts, arguments = zip(*batch, strict=True)
+            for text, output in zip(texts, self._generate(texts, arguments[0]), strict=True):
+                self.cache_hook.add_partial("generate_until", (text, arguments[0]), output)
+                outputs.append(output)
         return queue.get_original(outputs)
+
+    def _batches(self, queue: Collator, total: int, unit: str, quiet: bool):
+        """The queue's batches, with a bar of the requests done."""
+        with progress(total, unit, disable=quiet) as bar:
+            for batch in queue.get_batched(n=self.batch_size):
+                yield batch
+                bar.update(len(batch))
 
     def _generate(self, texts, arguments: dict) -> list[str]:
         arguments = normalize_gen_kwargs(arguments)
@@ -71,14 +77,11 @@ class HarnessModel(TemplateLM):
         if not arguments["do_sample"]:
             arguments.pop("temperature", None)
         input_ids, attention_mask = self._pad([self.tok_encode(text) for text in texts])
-        ids = self.model.generate(
+        ids = self.generate(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            max_new_tokens=max_new_tokens,
             stopping_criteria=stop_sequences_criteria(self.tokenizer, stop, *reversed(input_ids.shape)),
-            eos_token_id=self.eot_token_id,
-            pad_token_id=pad_token_id(self.tokenizer),
-            **arguments,
+            **greedy(self.tokenizer, max_new_tokens) | arguments,
         )
         answers = [decode_answer(row, self.tokenizer) for row in ids[:, input_ids.shape[1] :].tolist()]
         return [postprocess_generated_text(answer, stop, None) for answer in answers]
@@ -88,14 +91,12 @@ class HarnessModel(TemplateLM):
         """For each (texts, context ids, continuation ids) the log-likelihood of the continuation, and whether it is greedy."""
         queue = Collator(requests, sort_fn=lambda request: -len(request[1]) - len(request[2]))
         answers = []
-        with tqdm(total=len(requests), unit="text", disable=disable_tqdm) as bar:
-            for batch in queue.get_batched(n=self.batch_size):
-                texts, contexts, continuations = zip(*batch, strict=True)
-                for request, answer in zip(texts, self._score(contexts, continuations), strict=True):
-                    if request is not None:
-                        self.cache_hook.add_partial("loglikelihood", request, answer)
-                    answers.append(answer)
-                bar.update(len(batch))
+        for batch in self._batches(queue, len(requests), "text", disable_tqdm):
+            texts, contexts, continuations = zip(*batch, strict=True)
+            for request, answer in zip(texts, self._score(contexts, continuations), strict=True):
+                if request is not None:
+                    self.cache_hook.add_partial("loglikelihood", request, answer)
+                answers.append(answer)
         return queue.get_original(answers)
 
     def _score(self, contexts, continuations) -> list[tuple[float, bool]]:

@@ -5,15 +5,16 @@ import logging
 import os
 import random
 import tempfile
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
 from lrmt.adapters.find import find_adapter
 from lrmt.errors import UsageError, exit_on_error, suggest
 from lrmt.evaluation.harness.tasks import find_tasks, load_task
-from lrmt.evaluation.results import build_record, format_table
+from lrmt.evaluation.results import build_record, check_output, format_table
 from lrmt.evaluation.run import load_tokenizer, read_config, refuse_too_large_batches
-from lrmt.files import to_json, write_whole
+from lrmt.files import to_json, write_files
 from lrmt.tasks.base import Pieces
 
 PROMPTS = ("trained", "public")
@@ -61,62 +62,87 @@ def run_harness(
         )
     find_adapter(adapter_path)
     folder = Path(output_dir) if output_dir else Path(adapter_path) / "harness"
-    check_arguments(tasks, num_samples, batch_size, data_dir, prompt, folder, overwrite)
+    check_arguments(tasks, num_samples, batch_size, data_dir, prompt)
+    check_output(folder, overwrite)
     quiet_harness()
     config, tokenizer = read_config(adapter_path), load_tokenizer(adapter_path)
     manager, names = find_tasks(tasks)
     answer = Pieces(tokenizer).answer
-    loaded = {}
-    with tempfile.TemporaryDirectory() as overrides:
-        for length in max_seq_lengths or (None,):
-            random.seed(seed)
-            loaded[length] = [
-                load_task(
-                    manager,
-                    name,
-                    length,
-                    folder=Path(overrides),
-                    tokenizer=str(adapter_path),
-                    data_dir=data_dir,
-                    answer=answer if prompt == "trained" else None,
-                )
-                for name in names
-            ]
-
-    from lm_eval import simple_evaluate
-    from lm_eval.utils import handle_non_serializable, make_table
+    loaded = load_tasks(
+        manager,
+        names,
+        max_seq_lengths or (None,),
+        seed,
+        tokenizer=str(adapter_path),
+        data_dir=data_dir,
+        answer=answer if prompt == "trained" else None,
+    )
 
     from lrmt.evaluation.harness.model import HarnessModel
 
     model = HarnessModel(adapter_path, batch_size=batch_size, **loading)
     records, predictions, reports = [], [], {}
     for length, of_length in loaded.items():
-        with refuse_too_large_batches(batch_size):
-            report = simple_evaluate(
-                model, tasks=of_length, task_manager=manager, limit=num_samples, batch_size=batch_size
-            )
-        before = len(records)
-        for name, samples in report.pop("samples").items():
-            samples = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
-            predictions += [build_prediction(name, length, sample) for sample in samples]
-            if (right := count_right(samples)) is not None:
-                tokens = round(sum(count_tokens(sample, model, answer) for sample in samples) / len(samples))
-                segments = -(-tokens // config.segment_length)
-                records.append(build_record(config.model_type, name, tokens, segments, right, len(samples)))
+        report, samples = measure(model, of_length, manager, num_samples, batch_size)
         reports[length or "default"] = report
-        if len(records) - before < len(of_length):  # metrics that are no accuracy are in the harness' own table only
-            print(make_table(report))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / "results.json", to_json(records))
-        write_whole(folder / "predictions.jsonl", "".join(json.dumps(row) + "\n" for row in predictions))
-        write_whole(folder / "harness.json", json.dumps(reports, indent=2, default=handle_non_serializable) + "\n")
-    except OSError as error:
-        raise UsageError(f"--output_dir {folder} cannot be written ({error.strerror}); name another") from None
+        predictions += [build_prediction(name, length, one) for name, of_task in samples.items() for one in of_task]
+        found = build_records(samples, config, lambda sample: count_tokens(sample, model, answer))
+        records += found
+        if len(found) < len(of_length):  # metrics that are no accuracy are in the harness' own table only
+            print_report(report)
+    write_results(folder, records, predictions, reports)
     if records:
         print(f"\n{format_table(records)}\n")
     print(f"results.json, predictions.jsonl and harness.json are in {folder}")
     return records
+
+
+def load_tasks(manager, names: list[str], lengths, seed: int, **options) -> dict[str | None, list]:
+    """The harness' tasks with their rows, by length; each length draws the same texts whatever others there are."""
+    loaded = {}
+    with tempfile.TemporaryDirectory() as overrides:
+        for length in lengths:
+            random.seed(seed)
+            loaded[length] = [load_task(manager, name, length, folder=Path(overrides), **options) for name in names]
+    return loaded
+
+
+def measure(model, tasks: list, manager, limit: int | None, batch_size: int) -> tuple[dict, dict[str, list[dict]]]:
+    """The harness' own report, and the samples of each task under the first of its filters."""
+    from lm_eval import simple_evaluate
+
+    with refuse_too_large_batches(batch_size):
+        report = simple_evaluate(model, tasks=tasks, task_manager=manager, limit=limit, batch_size=batch_size)
+    samples = report.pop("samples").items()
+    return report, {name: [one for one in found if one["filter"] == found[0]["filter"]] for name, found in samples}
+
+
+def build_records(samples: dict[str, list[dict]], config, count: Callable[[dict], int]) -> list[dict]:
+    """A record of results.json for each task whose answers are right or wrong; `count` tells the tokens of a sample."""
+    records = []
+    for name, of_task in samples.items():
+        if (right := count_right(of_task)) is not None:
+            tokens = round(sum(map(count, of_task)) / len(of_task))
+            segments = -(-tokens // config.segment_length)
+            records.append(build_record(config.model_type, name, tokens, segments, right, len(of_task)))
+    return records
+
+
+def print_report(report: dict) -> None:
+    from lm_eval.utils import make_table
+
+    print(make_table(report))
+
+
+def write_results(folder: Path, records: list[dict], predictions: list[dict], reports: dict) -> None:
+    from lm_eval.utils import handle_non_serializable
+
+    files = {
+        "results.json": to_json(records),
+        "predictions.jsonl": "".join(json.dumps(row) + "\n" for row in predictions),
+        "harness.json": json.dumps(reports, indent=2, default=handle_non_serializable) + "\n",
+    }
+    write_files(folder, files)
 
 
 def require_harness():
@@ -124,7 +150,7 @@ def require_harness():
         raise UsageError("--harness needs lm-evaluation-harness, which is not installed: pip install lrmt[harness]")
 
 
-def check_arguments(tasks, num_samples, batch_size, data_dir, prompt, folder, overwrite):
+def check_arguments(tasks, num_samples, batch_size, data_dir, prompt):
     if not tasks:
         raise UsageError("--harness names no task; give one such as babilong_qa1 or niah_single_1")
     for flag, value in (("num_samples", num_samples), ("batch_size", batch_size)):
@@ -135,10 +161,6 @@ def check_arguments(tasks, num_samples, batch_size, data_dir, prompt, folder, ov
     if prompt not in PROMPTS:
         got = f"{prompt!r}{suggest(prompt, PROMPTS)}"
         raise UsageError(f"--harness_prompt must be one of {', '.join(PROMPTS)}; got {got}")
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"--output_dir must be a folder; {folder} is a file")
-    if not overwrite and folder.is_dir() and any(folder.iterdir()):
-        raise UsageError(f"--output_dir {folder} is not empty; name another, or give --overwrite")
 
 
 def quiet_harness():

@@ -62,7 +62,8 @@ def load_task(
         if "dataset_kwargs" in config:
             lines.append(f"custom_dataset: !function {__name__}.{read_rows.__name__}")
         path = folder / f"{name}_{length}.yaml"
-        path.write_text("\n".join([*lines, *(f"{key}: {json.dumps(value)}" for key, value in config.items())]) + "\n")
+        lines += [f"{key}: {json.dumps(value)}" for key, value in config.items()]
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
         return manager.load([str(path)])["tasks"][name]
     except UsageError:
         raise

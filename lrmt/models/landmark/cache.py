@@ -74,6 +74,10 @@ class Blocks:
         """Blocks of each row, `[B]`."""
         return sum((count for _, count, _ in self.levels), torch.zeros_like(self.batch))
 
+    def written(self) -> list[Tensor]:
+        """The keys of each layer in some level that has any block."""
+        return next(level.keys for level, _, _ in self.levels if level.keys[0] is not None)
+
     def expand(self, row: Tensor) -> Blocks:
         """The view of a batch whose i-th text is `row[i]` of this one; no block is copied."""
         levels = [(level, count[row], rows[row]) for level, count, rows in self.levels]

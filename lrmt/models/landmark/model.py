@@ -4,34 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface
+from transformers import PreTrainedModel
 
 from lrmt.errors import UsageError
-from lrmt.models.base import (
-    Activations,
-    LongContextConfig,
-    LongContextModel,
-    LongContextOutput,
-    Span,
-    State,
-    gathered,
-    setting,
-)
+from lrmt.models import scoring
+from lrmt.models.base import LongContextModel, Span, Text
+from lrmt.models.config import Activations, LongContextConfig, setting
 from lrmt.models.landmark.attention import landmark_attention
-from lrmt.models.landmark.cache import Blocks, Chunk, Level
-
-logger = logging.getLogger(__name__)
-
-#: decoders whose attention is looked up by name, and whose rotary embedding turns the two halves of a head
-BACKBONES = ("llama", "mistral", "qwen2", "qwen3")
-
+from lrmt.models.landmark.cache import Blocks, Chunk
+from lrmt.models.landmark.hooks import check_backbone, switch_sliding_window_off
+from lrmt.models.landmark.state import LandmarkState
 
 #: tokens for which places are computed at once: a long text takes no memory but its own
 TOKENS_LAID_OUT_AT_ONCE = 8192
@@ -99,6 +85,10 @@ class LandmarkConfig(LongContextConfig):
         return self.block_length - 2
 
     @property
+    def span_length(self) -> int:
+        return self.block_length - 1
+
+    @property
     def chunk_length(self) -> int:
         """Positions read at once beyond the training context: whole blocks, and no position exceeds training."""
         return (self.max_positions // self.block_length - self.top_k - 2) * self.block_length
@@ -129,74 +119,6 @@ class LandmarkConfig(LongContextConfig):
         return self.context_length
 
 
-@dataclasses.dataclass
-class LandmarkState(State):
-    """Blocks of keys and values, and the unfinished block behind them.
-
-    `blocks`, `tails` and `tail_length [B]` as `Chunk` takes them; `num_tokens [B]` read.
-    """
-
-    blocks: Blocks
-    tails: list | None
-    tail_length: Tensor
-    num_tokens: Tensor
-
-    @property
-    def batch_size(self) -> int:
-        return len(self.num_tokens)
-
-    def expand(self, batch_size: int) -> LandmarkState:
-        times = self._times(batch_size)
-        if times == 1:
-            return self
-        row = torch.arange(self.batch_size, device=self.num_tokens.device).repeat_interleave(times)
-        tails = self.tails and [pair and tuple(t[row] for t in pair) for pair in self.tails]
-        blocks = self.blocks.expand(row)
-        return dataclasses.replace(
-            self,
-            blocks=blocks,
-            tails=tails,
-            tail_length=self.tail_length[row],
-            num_tokens=self.num_tokens[row],
-            cache=None,
-        )
-
-    def tensors(self) -> dict[str, Tensor]:
-        """`keys`, `values` `[B, layers, H_kv, N, K, D]`, `tail_keys`, `tail_values` `[B, layers, H_kv, P, D]` and counts `[B]`."""
-        count = self.blocks.count
-        result = {"num_blocks": count, "tail_length": self.tail_length, "num_tokens": self.num_tokens}
-        longest = int(count.max()) if len(count) else 0
-        if longest:
-            first = self.blocks.levels[0][0]
-            index = torch.arange(longest, device=count.device).expand(len(count), first.keys[0].shape[1], -1)
-            pairs = [[t.cpu() for t in self.blocks.gather(layer, index)] for layer in range(len(first.keys))]
-            result["keys"], result["values"] = (torch.stack([pair[i] for pair in pairs], 1) for i in (0, 1))
-        if self.tails is not None and self.tails[0] is not None:
-            result["tail_keys"], result["tail_values"] = (
-                torch.stack([pair[i] for pair in self.tails], 1) for i in (0, 1)
-            )
-        return result
-
-    @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor], fingerprint: str, model: LandmarkForCausalLM) -> LandmarkState:
-        counts = {name: tensors[name].to(model.device) for name in ("num_blocks", "tail_length", "num_tokens")}
-        rows = torch.arange(len(counts["num_tokens"]), device=model.device)
-        levels = []
-        if "keys" in tensors:
-            level = Level(tensors["keys"].shape[1], counts["num_blocks"], model.config.offload_blocks)
-            place = torch.arange(tensors["keys"].shape[3], device=model.device).expand(len(rows), -1)
-            for layer in range(tensors["keys"].shape[1]):
-                level.write(layer, place, tensors["keys"][:, layer], tensors["values"][:, layer])
-            levels.append((level, counts["num_blocks"], rows))
-        tails = None
-        if "tail_keys" in tensors:
-            tails = [
-                tuple(tensors[name][:, layer].to(model.device) for name in ("tail_keys", "tail_values"))
-                for layer in range(tensors["tail_keys"].shape[1])
-            ]
-        return cls(fingerprint, None, Blocks(levels, rows), tails, counts["tail_length"], counts["num_tokens"])
-
-
 class LandmarkForCausalLM(LongContextModel):
     """Puts a landmark after every K−1 tokens; attention reaches a past block through its landmark only."""
 
@@ -207,89 +129,34 @@ class LandmarkForCausalLM(LongContextModel):
 
     def __init__(self, config: LandmarkConfig, backbone: PreTrainedModel | None = None):
         super().__init__(config, backbone)
-        _check_backbone(self.backbone)
-        _switch_sliding_window_off(self.backbone)
+        check_backbone(self.backbone)
+        switch_sliding_window_off(self.backbone)
         self.backbone.set_attn_implementation("landmark")
-        embeddings = self.get_input_embeddings().weight
-        with gathered(embeddings):
-            width, device = embeddings.shape[-1], embeddings.device
-            self.landmark_embedding = nn.Embedding(1, width, device=device, dtype=embeddings.dtype)
-            if device.type != "meta":  # else `from_pretrained` is about to load everything
-                with torch.no_grad():
-                    self.landmark_embedding.weight.copy_(embeddings.float().mean(0, keepdim=True))
-                for parameter in self.parameters():
-                    parameter._is_hf_initialized = True  # or `post_init` draws the backbone's weights anew
+        self.landmark_embedding = self.make_embedding(
+            1, lambda weight, embeddings: weight.copy_(embeddings.mean(0, keepdim=True))
+        )
         self._record: list | None = None
-        self.post_init()
+        self.finish()
 
     @classmethod
     def trained_modules(cls, settings: dict) -> list[str]:
         return [] if settings.get("landmark_embedding") == "frozen_mean" else cls.memory_modules
 
-    def _init_weights(self, module):
-        pass  # the backbone initialises its own; the landmark is made above
-
-    def _memory_weights(self):
-        return [self.landmark_embedding.weight]
-
     # ------------------------------------------------------------------ forward
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        state: LandmarkState | None = None,
-        logits_to_keep: int = 0,
-        **kwargs,
-    ) -> LongContextOutput:
-        """Training reads the whole text at once, and every block through its landmark; inference (no gradients, not in
-        training mode) reads it in chunks and beyond the training context only the `top_k` best blocks.
-
-        Args:
-            input_ids: `[B, T]`, the user's tokens without landmarks. attention_mask: `[B, T]`; a padded batch equals its rows.
-            labels: `[B, T]`, -100 where nothing is scored, unshifted. Logits are then computed for scored positions only.
-            state: what was read before; the text goes on from there, without gradients.
-            logits_to_keep: 1 gives the last position of each row.
-
-        Returns:
-            With labels: `loss` and `logits [N, V]`, row by row. Without: `logits [B, T, V]`, or with `logits_to_keep=1` logits
-            `[B, 1, V]` and the `state` that generation goes on from.
+    def encode(self, input_ids, mask, wanted, state) -> tuple[Tensor, LandmarkState | None]:
+        """Training (gradients, or training mode) reads the whole text at once, and every block through its landmark; inference
+        reads it in chunks, and beyond the training context only the `top_k` best blocks. Going on from a state has no gradients.
         """
-        self._check_input(input_ids, attention_mask)
-        whole = state is None and (self.training or torch.is_grad_enabled())
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        mask = mask.bool()
-        wanted = mask
-        if labels is not None:
-            scored = labels != -100
-            wanted = _next_is(scored, mask)
-        elif logits_to_keep == 1:
-            wanted = _last_only(mask)
-        if whole:
-            hidden = self._read_whole(input_ids, mask)[wanted]
-        else:
-            hidden, state = self._stream(input_ids, mask, state, wanted, sign=logits_to_keep == 1)
-        head = self.get_output_embeddings()
-        if labels is not None:
-            return self._loss(head, hidden, labels, mask, wanted)
-        logits = head(hidden)
-        if logits_to_keep == 1:
-            return LongContextOutput(logits=logits[:, None], state=state)
-        padded = logits.new_zeros(*input_ids.shape, logits.shape[-1])
-        padded[wanted] = logits
-        return LongContextOutput(logits=padded)
+        mask = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask
+        if not bool(mask.any(1).all()):
+            raise ValueError("`input_ids` is empty: nothing to read; give at least one token in each row")
+        if wanted is not None and state is None and (self.training or torch.is_grad_enabled()):
+            return self._read_whole(input_ids, mask)[wanted], None
+        return self._stream(input_ids, mask, state, wanted)
 
-    def _loss(self, head, hidden, labels, mask, wanted) -> LongContextOutput:
-        if not len(hidden):  # one call of the head per step, also when nothing is scored
-            logits = head(
-                self.landmark_embedding(torch.zeros(1, dtype=torch.long, device=labels.device)).to(hidden.dtype)
-            )
-            return LongContextOutput(loss=logits.sum() * 0.0, logits=logits[:0])
-        logits = head(hidden)
-        targets = _targets(labels, mask, wanted)
-        loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets)
-        return LongContextOutput(loss=loss, logits=logits)
+    def go_on(self, text: Text) -> tuple[Tensor, LandmarkState]:
+        return self.encode(text.ids, text.mask, scoring.last_tokens(text.ids, text.mask, 1), text.state)
 
     def _read_whole(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         """Hidden states `[B, T, d]` of a whole text under landmark attention, no block left out."""
@@ -308,34 +175,38 @@ class LandmarkForCausalLM(LongContextModel):
         hidden = self._run_decoder(embeds, valid, position_ids, attend)
         return hidden.gather(1, column.clamp(min=0)[..., None].expand(-1, -1, hidden.shape[-1]))
 
-    # ------------------------------------------------------------------ reading in chunks
-
     @torch.no_grad()
-    def read(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, state: LandmarkState | None = None
-    ) -> LandmarkState:
-        """Streams a document into blocks, chunk by chunk.
+    def find_fault(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> str:
+        text, inputs = self._open(input_ids, attention_mask, None, None), []
+        layers = next(m for m in self.backbone.base_model.children() if isinstance(m, nn.ModuleList))
+        hooks = [layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for layer in layers]
+        try:
+            mask = torch.ones_like(text.ids, dtype=torch.bool) if text.mask is None else text.mask
+            self._read_whole(text.ids, mask)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        length, size = self.config.context_length, self.config.block_length
+        last = -(-int(mask.sum(1).max()) // length)
+        for layer, hidden in enumerate(inputs):  # the first only: attention spreads what is not finite to all of a text
+            broken = (~hidden.isfinite().all(-1)).any(0).nonzero()
+            if len(broken):
+                token = int(broken[0]) - int(broken[0]) // size  # columns count landmarks
+                return f"hidden states first break in segment {token // length + 1} of {last}, before layer {layer + 1}"
+        return f"it breaks in one of {last} segments, in the last layer or behind it"
 
-        Args:
-            input_ids: `[B, T]`. attention_mask: `[B, T]`. state: what was read before; it stays usable.
-        """
-        self._check_input(input_ids, attention_mask)
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        return self._stream(input_ids, mask.bool(), state, None)[1]
+    # ------------------------------------------------------------------ reading in chunks
 
     @torch.no_grad()  # blocks outlive the pass, and other texts may share them
     def _stream(
-        self, input_ids: Tensor, mask: Tensor, state: LandmarkState | None, wanted: Tensor | None, sign: bool = True
+        self, input_ids: Tensor, mask: Tensor, state: LandmarkState | None, wanted: Tensor | None
     ) -> tuple[Tensor, LandmarkState]:
-        """Hidden states of the tokens `wanted [B, T]`, `[N, d]` row by row, and the state after the text."""
+        """Hidden states of the tokens `wanted [B, T]`, `[N, d]` row by row, and the state after the text, chunk by chunk."""
         config, device = self.config, self.device
         if state is None:
             rows = torch.arange(len(input_ids), device=device)
             zero = torch.zeros_like(rows)
-            state = LandmarkState("", None, Blocks([], rows), None, zero, zero)  # signed when it leaves the model
-        elif state.fingerprint != self.fingerprint():
-            raise UsageError(f"the state was made by another model ({state.fingerprint}); read the text again")
-        state = state.expand(len(input_ids))
+            state = LandmarkState("", None, Blocks([], rows), None, zero, zero)
         blocks, tails, tail_length = state.blocks, state.tails, state.tail_length
         lengths = mask.sum(1)
         padded = not bool(mask.all())
@@ -375,7 +246,6 @@ class LandmarkForCausalLM(LongContextModel):
             tails=tails,
             tail_length=tail_length,
             num_tokens=state.num_tokens + lengths.to(device),
-            fingerprint=state.fingerprint or (self.fingerprint() if sign else ""),
             cache=None,
         )
         if wanted is None:
@@ -425,15 +295,6 @@ class LandmarkForCausalLM(LongContextModel):
 
     def _inv_freq(self) -> Tensor:
         return self.backbone.base_model.rotary_emb.inv_freq
-
-    def _check_input(self, input_ids: Tensor, attention_mask: Tensor | None) -> None:
-        if input_ids.shape[1] == 0 or (attention_mask is not None and not bool(attention_mask.any(1).all())):
-            raise ValueError("`input_ids` is empty: nothing to read; give at least one token in each row")
-        if int(input_ids.max()) >= self.config.vocab_size or int(input_ids.min()) < 0:
-            raise UsageError(
-                f"`input_ids` must lie in 0..{self.config.vocab_size - 1}, the backbone's vocabulary; got "
-                f"{int(input_ids.min())}..{int(input_ids.max())}. Landmarks are put in by the model and have no id"
-            )
 
     def num_backbone_calls(self, input_ids: Tensor, attention_mask: Tensor | None = None, labels=None) -> int:
         """One for a whole text, or one for each chunk of the longest row."""
@@ -488,84 +349,3 @@ class LandmarkForCausalLM(LongContextModel):
         with self._recording_blocks() as record:
             ids = super().generate(inputs, generation_config, **kwargs)
         return ids, record
-
-
-def attend_by_landmarks(
-    module, query, key, value, attention_mask, scaling, dropout=0.0, landmark_attend=None, **kwargs
-):
-    """What decoders call as their attention: `[B, H, T, D]` to `[B, T, H, D]`. Outside the wrapper it is plain attention."""
-    if landmark_attend is not None:
-        output = landmark_attend(module.layer_idx, query, key, value, scaling)
-    else:
-        column = torch.arange(key.shape[2], device=query.device)
-        row = column[-query.shape[2] :, None]
-        visible = column <= row
-        if attention_mask is not None:  # padding sees itself, or it would be NaN
-            visible = (visible & attention_mask[:, None, None, -len(column) :].bool()) | (column == row)
-        output = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=visible, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
-        )
-    return output.transpose(1, 2).contiguous(), None
-
-
-def keep_padding_mask(attention_mask=None, **kwargs):
-    """The mask that `attend_by_landmarks` is given: `[B, T]`, as the user gave it."""
-    return attention_mask
-
-
-def _check_backbone(backbone: PreTrainedModel) -> None:
-    config, name = backbone.config, type(backbone).__name__
-    if config.model_type not in BACKBONES:
-        raise UsageError(
-            f"`--model_name_or_path`: the attention of {name} cannot be replaced by landmark attention; choose one of "
-            f"{', '.join(BACKBONES)}"
-        )
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope in ("dynamic", "longrope"):
-        raise UsageError(
-            f"`--model_name_or_path`: rotary type {rope} has frequencies that depend on length, and a stored block has none; "
-            "choose a backbone with default, linear, llama3 or yarn frequencies"
-        )
-    if "sliding_attention" in (getattr(config, "layer_types", None) or []):
-        raise UsageError(
-            f"`--model_name_or_path`: {name} has layers of sliding-window attention that cannot be switched off; choose a "
-            "backbone of full attention"
-        )
-    if getattr(config, "attention_dropout", 0.0):
-        raise UsageError(
-            f"`--model_name_or_path`: attention dropout {config.attention_dropout} is not supported; set it to 0 in its config.json"
-        )
-
-
-def _switch_sliding_window_off(backbone: PreTrainedModel) -> None:
-    window = getattr(backbone.config, "sliding_window", None)
-    if window is not None and backbone.config.model_type == "mistral":
-        logger.warning("sliding window of %s tokens switched off: landmarks reach what lies behind it", window)
-        backbone.config.sliding_window = None
-
-
-def _next_is(scored: Tensor, mask: Tensor) -> Tensor:
-    """Tokens whose next real token is scored, `[B, T]`."""
-    wanted = torch.zeros_like(mask)
-    for row in range(len(mask)):
-        real = mask[row].nonzero()[:, 0]
-        wanted[row, real[:-1]] = scored[row, real[1:]]
-    return wanted
-
-
-def _targets(labels: Tensor, mask: Tensor, wanted: Tensor) -> Tensor:
-    """The labels that the tokens `wanted` predict, `[N]`, row by row."""
-    targets = []
-    for row in range(len(mask)):
-        real = mask[row].nonzero()[:, 0]
-        targets.append(labels[row, real[1:]][wanted[row, real[:-1]]])
-    return torch.cat(targets)
-
-
-def _last_only(mask: Tensor) -> Tensor:
-    """The last real token of each row, `[B, T]`."""
-    return mask & (mask.long().cumsum(1) == mask.sum(1, keepdim=True))
-
-
-AttentionInterface.register("landmark", attend_by_landmarks)
-AttentionMaskInterface.register("landmark", keep_padding_mask)

@@ -45,6 +45,13 @@ def test_a_cell_reads_back_as_it_was_written(tmp_path):
     assert len(list(path.parent.iterdir())) == 2  # no temporary file is left
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    path = tmp_path / "org" / "name" / f"{STEM}.csv"
+    path.parent.mkdir(parents=True)
+    path.write_text("target,output,question\nkitchen,the kitchen,Where?\n", encoding="utf-8-sig")
+    assert read_predictions(path).rows == [("kitchen", "the kitchen", "Where?")]
+
+
 @pytest.mark.parametrize(
     ("model", "folder"), [("gpt", "local/gpt"), ("org/a/b", "org/a_b"), ("meta/llama-3.1", "meta/llama-3.1")]
 )

@@ -10,7 +10,7 @@ import pytest
 from lrmt.evaluation.babilong.prompts import PARTS, PROMPTS, TEMPLATE, build_prompt, prompt_parts
 from lrmt.evaluation.metrics import TASK_LABELS, score
 
-DATA = Path(os.environ.get("LRMT_DATA", Path(__file__).parents[3] / "shared" / "data"))
+DATA = Path(os.environ.get("LRMT_DATA", Path(__file__).parents[4] / "shared" / "data"))
 
 
 def test_a_prompt_follows_the_template():

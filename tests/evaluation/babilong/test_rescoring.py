@@ -10,7 +10,7 @@ from lrmt import cli
 from lrmt.evaluation.babilong.predictions import Predictions, build_variant, write_predictions
 from lrmt.evaluation.babilong.rescoring import RULES, score_folder
 
-DATA = Path(os.environ.get("LRMT_DATA", Path(__file__).parents[3] / "shared" / "data"))
+DATA = Path(os.environ.get("LRMT_DATA", Path(__file__).parents[4] / "shared" / "data"))
 BARE, FULL = build_variant([]), build_variant(["instruction", "examples", "post_prompt", "chat_template"])
 
 

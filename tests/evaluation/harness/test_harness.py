@@ -12,7 +12,7 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import lrmt
 from lrmt.adapters.adapter import save_adapter
@@ -30,7 +30,7 @@ from lrmt.models import RmtForCausalLM
 from lrmt.tasks.babi import simulate
 from lrmt.tasks.registry import build_task
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 BABILONG = Path(lm_eval.tasks.__file__).parent / "babilong"
 SEGMENT = 96
 ROWS = 24
@@ -164,6 +164,23 @@ def test_answers_do_not_depend_on_the_batch_and_stop(model):
     assert together == [ask(model, "generate_until", (text, arguments))[0] for text in texts]
     assert together[0].strip() == "garden"
     assert ask(model, "generate_until", (texts[0], {**arguments, "until": ["ard"]})) == [together[0].split("ard")[0]]
+
+
+def test_the_backbone_s_generation_settings_change_nothing(model):
+    owner = model.model.get_base_model()
+    request = ("Mary went to the garden. Where is Mary?", {"until": [], "do_sample": False, "max_gen_toks": 6})
+    plain, own = ask(model, "generate_until", request), owner.generation_config
+    owner.generation_config = GenerationConfig(repetition_penalty=1.9, no_repeat_ngram_size=1, num_beams=2)
+    try:
+        assert ask(model, "generate_until", request) == plain
+    finally:
+        owner.generation_config = own
+
+
+def test_special_tokens_in_a_text_are_text(model):
+    ids = model.tok_encode("He wrote <s> and </s>.")
+    assert not {model.tokenizer.bos_token_id, model.eot_token_id} & set(ids)
+    assert model.tokenizer.decode(ids).strip() == "He wrote <s> and </s>."
 
 
 def test_likelihoods_are_those_of_the_text_alone(model):
