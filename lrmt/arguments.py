@@ -92,7 +92,7 @@ class TaskArguments(
         f"passkey, {KNOWN_HAYSTACKS}, several separated by commas, dataset (--dataset_name) or text (--text_path).",
     )
 
-    def __post_init__(self):
+    def check(self):
         if self.text_path is not None and self.dataset_name is not None:
             raise UsageError(
                 f"`--text_path` and `--dataset_name` are two tasks; got {self.text_path} and {self.dataset_name}. Name one"

@@ -20,7 +20,6 @@ from lrmt.errors import UsageError
 from lrmt.evaluation.settings import EvaluationSettings
 from lrmt.flags import Flags, Group, build, flag, groups_of, parse_arguments
 from lrmt.models import METHODS, LongContextConfig, RmtForCausalLM
-from lrmt.models.config import setting
 from lrmt.tasks.options import EarlyOptions, RepeatOptions, SpanOptions, TaskOptions, TextOptions
 from lrmt.training.recipe import parse_recipe
 
@@ -242,9 +241,9 @@ class ThirdConfig(LongContextConfig):
     model_type = "third"
     reading_settings: ClassVar[tuple[str, ...]] = ("temperature_of_memory",)
 
-    window_of_memory: int = setting(5, "How far it sees.")
-    temperature_of_memory: float = setting(1.0, "How warm.")
-    kind_of_memory: Literal["soft", "hard"] = setting("soft", "How it is.")
+    window_of_memory: int = flag(5, "How far it sees.")
+    temperature_of_memory: float = flag(1.0, "How warm.")
+    kind_of_memory: Literal["soft", "hard"] = flag("soft", "How it is.")
 
 
 def test_a_third_method_has_its_flags_in_a_recipe_of_its_own(tmp_path, monkeypatch, capsys):

@@ -41,7 +41,8 @@ def test_contract_can_break(tmp_path):
 @pytest.mark.parametrize(
     "flags",
     [["--help"], ["evaluate", "--help"], ["merge", "--help"], ["merge", "--adaptor_path", "x"]]
-    + [["score", "nowhere"], ["report", "nowhere"]],
+    + [["score", "nowhere"], ["report", "nowhere"], ["data", "build", "--help"], ["evaluate", "--harness", "--help"]]
+    + [["evaluate", "--adapter_path", "nowhere", "--task", "qa1"], ["inspect", "--help"]],
 )
 def test_help_and_mistakes_import_nothing_heavy(flags):
     code = (

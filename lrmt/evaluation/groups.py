@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import ClassVar
 
 from lrmt.errors import UsageError, suggest
+from lrmt.evaluation.metrics import RULES
 from lrmt.files import fingerprint
 from lrmt.flags import flag
-from lrmt.tasks.names import GENERATED, KNOWN_HAYSTACKS
+from lrmt.tasks.names import GENERATED, KNOWN_HAYSTACKS, SPLITS
 from lrmt.tasks.options import (
     BackgroundOptions,
     PasskeyOptions,
@@ -16,6 +17,8 @@ from lrmt.tasks.options import (
     RowOptions,
     StoryOptions,
     TextOptions,
+    check_choice,
+    check_share,
 )
 
 KNOWN_TASKS = f"passkey, {KNOWN_HAYSTACKS}, perplexity"
@@ -47,6 +50,10 @@ class SampleFlags:
     )
     seed: int = flag(0, "Of generated questions and drawn places.", "N")
 
+    def check(self):
+        check_least(self, "num_samples", 1)
+        check_seed(self.seed)
+
 
 @dataclass(kw_only=True)
 class SplitFlags(SampleFlags):
@@ -57,6 +64,9 @@ class SplitFlags(SampleFlags):
         "Split: train, validation or test (default: test; of a --babi_dir without test files, its validation files).",
         "NAME",
     )
+
+    def check(self):
+        check_choice("split", self.split, SPLITS)
 
 
 @dataclass(kw_only=True)
@@ -125,6 +135,12 @@ class DepthFlags:
         None, "Do not measure a model on longer texts of a task once its whole interval lies below this (0..1).", "X"
     )
 
+    def check(self):
+        for depth in self.depths:
+            check_share("depths", depth, " (0 = the beginning of the text)")
+        if self.stop_below is not None and not 0 < self.stop_below <= 1:
+            raise UsageError(f"--stop_below must lie in (0, 1]; got {self.stop_below}")
+
 
 @dataclass(kw_only=True)
 class FewBaselineFlags:
@@ -162,9 +178,9 @@ class BaselineFlags(FewBaselineFlags):
         chunks = self.rag_chunks if self.rag_chunks == "sentences" else int(self.rag_chunks)
         return {"chunks": chunks, "top_k": self.rag_top_k, "order": self.rag_order, "model": self.rag_model}
 
-    def check_baselines(self):
+    def check(self):
         for name in self.baseline:
-            check_known("baseline", name, BASELINES)
+            check_choice("baseline", name, BASELINES)
         if ("api" in self.baseline) != (self.api_model is not None):
             got = "--baseline api alone" if self.api_model is None else f"--api_model {self.api_model} alone"
             raise UsageError(f"--baseline api and --api_model NAME belong together; got {got}. Give both or none")
@@ -174,7 +190,7 @@ class BaselineFlags(FewBaselineFlags):
             check_least(self, name, least)
         if not self.api_timeout > 0:
             raise UsageError(f"--api_timeout must be more than 0 seconds; got {self.api_timeout}")
-        check_known("rag_order", self.rag_order, RAG_ORDERS)
+        check_choice("rag_order", self.rag_order, RAG_ORDERS)
 
 
 @dataclass(kw_only=True)
@@ -190,6 +206,10 @@ class OutputFlags:
     )
     overwrite: bool = flag(False, "Replace what of other settings is in --output_dir.")
 
+    def check(self):
+        if self.output_dir is not None and Path(self.output_dir).exists() and not Path(self.output_dir).is_dir():
+            raise UsageError(f"--output_dir must be a folder; {self.output_dir} is a file")
+
 
 @dataclass(kw_only=True)
 class ScoredOutputFlags(OutputFlags):
@@ -202,14 +222,11 @@ class ScoredOutputFlags(OutputFlags):
         "RULE",
     )
 
+    def check(self):
+        check_choice("scoring", self.scoring, RULES)
+
 
 # ---------------------------------------------------------------------- checks
-
-
-def check_known(name: str, value: str, known):
-    """Raises UsageError for a value that is none of those `known`."""
-    if value not in known:
-        raise UsageError(f"--{name} must be one of {', '.join(known)}; got {value!r}{suggest(value, known)}")
 
 
 def check_least(settings, name: str, least: int):

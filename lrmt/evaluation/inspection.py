@@ -37,8 +37,6 @@ examples:
 
     def __post_init__(self):
         super().__post_init__()
-        if self.folder.exists() and not self.folder.is_dir():
-            raise UsageError(f"--output_dir must be a folder; {self.folder} is a file")
         if not self.overwrite and self.folder.is_dir() and any(self.folder.iterdir()):
             raise UsageError(f"--output_dir {self.folder} is not empty; name another, or give --overwrite")
 

@@ -11,10 +11,11 @@ from typing import ClassVar
 from lrmt.adapters.find import find_adapter
 from lrmt.errors import UsageError
 from lrmt.flags import HELP, Flags, Group, flag
+from lrmt.tasks.options import Options
 
 
 @dataclass(kw_only=True)
-class OpeningSettings:
+class OpeningSettings(Options):
     """A trained model on disk; raises UsageError, one line, for whatever cannot work.
 
     `adapter_path` of the Hub becomes the folder of its files; `adapter_name` is what it is called. `reading` holds the method's
@@ -35,7 +36,7 @@ class OpeningSettings:
     reading: dict[str, object] = field(default_factory=dict)
 
     def __post_init__(self):
-        self.check()
+        super().__post_init__()
         folder = find_adapter(self.adapter_path)
         self.from_hub = not Path(self.adapter_path).exists()
         self.adapter_name = Path(self.adapter_path if self.from_hub else folder.resolve()).name
@@ -47,9 +48,6 @@ class OpeningSettings:
                     f"`--{name}` is no setting of how a {read_config(folder)['model_type']} model reads "
                     f"(known: {', '.join(known) or 'none'}); leave it out"
                 )
-
-    def check(self) -> None:
-        """Raises UsageError for flags that cannot be."""
 
     def place(self, output_dir: str | None, name: str) -> Path:
         """Where the files go: by default a folder `name` in the adapter's, or, of one of the Hub, in runs/ADAPTER."""

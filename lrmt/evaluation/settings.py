@@ -21,19 +21,17 @@ from lrmt.evaluation.groups import (
     PerplexityTaskFlags,
     RowTaskFlags,
     ScoredOutputFlags,
-    check_known,
     check_least,
     check_rows,
-    check_seed,
     check_tasks,
     fingerprint_rows,
 )
-from lrmt.evaluation.metrics import RULES
 from lrmt.evaluation.opening import OpeningSettings, method_settings
 from lrmt.files import fingerprint
 from lrmt.flags import flag
 from lrmt.lengths import parse_segments, parse_tokens, spell_length
-from lrmt.tasks.names import GENERATED, SPLITS
+from lrmt.tasks.names import GENERATED
+from lrmt.tasks.options import check_choice
 
 DEFAULT_LENGTHS = ("1", "2", "4", "8", "16", "32")
 PERPLEXITY_LENGTHS = ("1", "2", "4", "8")
@@ -88,12 +86,7 @@ class EvaluationSettings(OpeningSettings):
         return RowSettings if own_rows else GridSettings
 
     def check(self):
-        for name in ("num_samples", "batch_size"):
-            check_least(self, name, 1)
-        check_seed(self.seed)
-        check_known("split", self.split, SPLITS)
-        if self.output_dir is not None and Path(self.output_dir).exists() and not Path(self.output_dir).is_dir():
-            raise UsageError(f"--output_dir must be a folder; {self.output_dir} is a file")
+        check_least(self, "batch_size", 1)
 
     @property
     def folder(self) -> Path:
@@ -171,18 +164,10 @@ examples:
 
     def check(self):
         self.task = tuple(name for names in self.task for name in names.split(",") if name)
-        self.check_baselines()
-        for depth in self.depths:
-            if not 0 <= depth <= 1:
-                raise UsageError(f"--depths must lie in [0, 1] (0 = the beginning of the text); got {depth}")
-        if self.stop_below is not None and not 0 < self.stop_below <= 1:
-            raise UsageError(f"--stop_below must lie in (0, 1]; got {self.stop_below}")
         if self.dataset_name is None:
             self._check_generated()
         else:
             self._check_public_set()
-        super().check()
-        check_known("scoring", self.scoring, RULES)
         self._check_texts()
 
     def _check_generated(self):
@@ -219,11 +204,6 @@ examples:
             )
         if self.babi_dir is not None and not Path(self.babi_dir).is_dir():
             raise UsageError(f"--babi_dir must be a folder; got {self.babi_dir}")
-        if self.background_dir is not None and self.background_dataset is not None:
-            raise UsageError(
-                "--background_dir and --background_dataset exclude each other; "
-                f"got {self.background_dir} and {self.background_dataset}. Name one"
-            )
         if self.background_dir is not None and not Path(self.background_dir).is_file():
             if not Path(self.background_dir).is_dir():
                 raise UsageError(
@@ -271,15 +251,12 @@ example:
             raise UsageError("--dataset_name takes the rows as they are; leave out --depths")
 
     def check(self):
-        self.check_baselines()
         check_rows(self.dataset_name)
         if self.dataset_split in GENERATED:
             raise UsageError(
                 f"--dataset_split {self.dataset_split} is a task, and rows of your own are not scored as one; give --task "
                 f"{self.dataset_split} --lengths {self.dataset_config or '4k'} instead"
             )
-        super().check()
-        check_known("scoring", self.scoring, RULES)
 
     def cells(self, segment_length: int) -> list[Cell]:
         """One, of no set length."""
@@ -315,7 +292,7 @@ example:
 
     def check(self):
         for name in self.baseline:
-            check_known("baseline", name, BASELINES)
+            check_choice("baseline", name, BASELINES)
         if others := [name for name in self.baseline if name not in DEFAULT_BASELINES]:
             raise UsageError(f"--task perplexity has no --baseline {' '.join(others)}; leave it out")
         if "perplexity" not in self.task:
@@ -331,7 +308,6 @@ example:
         for length in self.lengths:
             if parse_segments(length) == 0:
                 raise UsageError(f"--lengths must be at least one segment for perplexity; got {length!r}")
-        super().check()
 
     def cells(self, segment_length: int) -> list[Cell]:
         """The lengths without repeats, shorter ones first."""
@@ -369,7 +345,6 @@ example:
     def check(self):
         if not self.harness:
             self._refuse("--harness_data or --harness_prompt alone")
-        super().check()
 
     def options(self) -> dict:
         """What `run_harness` takes."""

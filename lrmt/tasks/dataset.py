@@ -48,12 +48,12 @@ class DatasetTask(Task):
             raise UsageError("task dataset needs --dataset_name: a .jsonl or .parquet file, or a Hub dataset id")
         source, config = str(options.dataset_name), options.dataset_config
         path = Path(source).expanduser()
+        wanted = options.dataset_split or ("test" if split == "test" else "train")
         if looks_local(source) and not (path / CARD).is_file():
-            files = find_files(path, options.dataset_split, config) if config and path.is_dir() else []
+            files = find_files(path, wanted, config) if config and path.is_dir() else []
             kind = "parquet" if files and files[0].endswith(".parquet") else "json"
             rows = _load(kind, None, "train", data_files=files) if files else _read_file(path)
         else:
-            wanted = options.dataset_split or ("test" if split == "test" else "train")
             rows = _load(str(path) if path.is_dir() else source, config, wanted)
         if split != "test" and len(rows) > 1:
             rows = hold_out(rows, split)

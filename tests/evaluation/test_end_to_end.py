@@ -161,6 +161,7 @@ def test_files_missing_from_the_adapter_are_named(adapter, tmp_path, capsys):
         (tmp_path / name).write_bytes((adapter / name).read_bytes())
     assert evaluate(tmp_path, "--task passkey") == 2
     assert "adapter_model.safetensors missing" in capsys.readouterr().err
+    (tmp_path / "adapter_model.safetensors").write_bytes((adapter / "adapter_model.safetensors").read_bytes())
     (tmp_path / "tokenizer.json").unlink()
     assert evaluate(tmp_path, "--task passkey") == 2
     assert "tokenizer" in capsys.readouterr().err

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from evaluation_fakes import EOS, PAD, SEGMENT, FakeModel, FakeTask, FakeTokenizer
+from safetensors.torch import save_file
 
 import lrmt
 from lrmt.errors import UsageError
@@ -26,7 +27,8 @@ def adapter(tmp_path, monkeypatch):
     folder = tmp_path / "adapter"
     folder.mkdir()
     (folder / "config.json").write_text("{}")
-    (folder / "adapter_model.safetensors").write_bytes(b"weights")
+    (folder / "adapter_config.json").write_text("{}")
+    save_file({"weights": torch.zeros(1)}, folder / "adapter_model.safetensors")
     model = FakeModel(reach=4)
     monkeypatch.setattr(lrmt, "load", lambda path, **options: model, raising=False)
     monkeypatch.setattr(run, "load_tokenizer", lambda path: FakeTokenizer())
@@ -124,7 +126,7 @@ def test_another_evaluation_is_not_overwritten(adapter, change):
 def test_a_retrained_adapter_is_another_evaluation(adapter):
     folder, _ = adapter
     evaluate(folder, "1")
-    (folder / "adapter_model.safetensors").write_bytes(b"other weights")
+    save_file({"weights": torch.ones(1)}, folder / "adapter_model.safetensors")
     with pytest.raises(UsageError, match="adapter"):
         evaluate(folder, "1")
 
@@ -174,7 +176,8 @@ def test_the_model_is_opened_as_was_asked(adapter, monkeypatch):
     folder, model = adapter
     opened = []
     monkeypatch.setattr(lrmt, "load", lambda path, **options: opened.append(options) or model)
-    evaluate(folder, "1", top_k=3, offload_blocks=True, load_in_4bit=False, model_name_or_path="elsewhere/llama")
+    reading = {"top_k": 3, "offload_blocks": True}
+    evaluate(folder, "1", reading=reading, load_in_4bit=False, model_name_or_path="elsewhere/llama")
     assert [options | {"device_map": None} for options in opened] == [
         {"top_k": 3, "offload_blocks": True, "load_in_4bit": False, "model_name_or_path": "elsewhere/llama", "device_map": None}
     ]  # fmt: skip

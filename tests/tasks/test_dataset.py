@@ -174,6 +174,17 @@ def test_hub_datasets_use_config_and_split(tokenizer, monkeypatch):
         build_task("dataset", tokenizer, dataset_name="org/gone")
 
 
+def test_a_folder_of_files_has_the_splits_of_the_hub(tokenizer, tmp_path):
+    """Without --dataset_split: train for training, test for evaluation."""
+    (tmp_path / "4k").mkdir()
+    for split, count in (("train", 5), ("test", 3)):
+        text = "".join(json.dumps(row) + "\n" for row in ROWS[:count])
+        (tmp_path / "4k" / f"{split}.jsonl").write_text(text)
+    for split, count in (("train", 4), ("validation", 1), ("test", 3)):  # a tenth of train is validation
+        task = build_task("dataset", tokenizer, dataset_name=str(tmp_path), split=split, dataset_config="4k")
+        assert task.num_examples(0) == count
+
+
 def test_a_public_set_has_its_tasks_at_each_length(tokenizer, monkeypatch):
     rows = [{"input": f"Mary went to the {room}.", "question": "Where is Mary?", "target": room} for room in ROOMS]
     sets, asked = {"0k": rows[:2], "4k": rows}, []
