@@ -1,21 +1,28 @@
-"""Every flag of a recipe: a dataclass field, a command-line flag and a YAML key of one name."""
+"""The flags of a recipe beside its method's: the backbone (TRL's), the task, the curriculum, and training (transformers')."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import os
-import sys
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
-import yaml
 from transformers import TrainingArguments as HfTrainingArguments
 from trl import ModelConfig as TrlModelConfig
-from trl import ScriptArguments as TrlScriptArguments
-from trl import TrlParser
 
-from lrmt.errors import UsageError, one_line, suggest
+from lrmt.errors import UsageError
+from lrmt.flags import flag
+from lrmt.tasks.names import KNOWN_HAYSTACKS
+from lrmt.tasks.options import (
+    BackgroundOptions,
+    EarlyOptions,
+    PasskeyOptions,
+    QuestionOptions,
+    RowOptions,
+    StoryOptions,
+    TextOptions,
+)
 from lrmt.unsupported import MODEL, TRAINING, refuse_unsupported, refuse_values
 
 
@@ -26,25 +33,27 @@ def _check_counts(arguments, *names: str) -> None:
             raise UsageError(f"`--{name}` must be a whole number, 1 or more; got {value}")
 
 
+def _check_seeds(arguments, *names: str) -> None:
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and not 0 <= value < 2**32:
+            raise UsageError(f"`--{name}` must lie in [0, 2**32), which numpy's seeds are; got {value}")
+
+
 @dataclass
 class ModelArguments(TrlModelConfig):
     """The backbone, its quantisation and LoRA: TRL's `ModelConfig` with QLoRA switched on."""
 
-    model_name_or_path: str | None = field(
-        default="tiny-llama",
-        metadata={"help": "Hub id, folder, or a backbone that ships with lrmt: tiny-llama, tiny-mistral."},
+    model_name_or_path: str | None = flag(
+        "tiny-llama", "Hub id, folder, or a backbone that ships with lrmt: tiny-llama, tiny-mistral."
     )
-    init_adapter_path: str | None = field(
-        default=None, metadata={"help": "Start from the LoRA and memory in this folder, say of an easier task."}
-    )
-    use_peft: bool = field(default=True, metadata={"help": "Train LoRA adapters (off: the memory embedding alone)."})
-    load_in_4bit: bool = field(default=True, metadata={"help": "Quantise the frozen backbone to 4 bits."})
-    use_bnb_nested_quant: bool = field(default=True, metadata={"help": "Quantise the quantisation constants too."})
-    dtype: str | None = field(
-        default="bfloat16", metadata={"help": "Of the backbone's computations: bfloat16 or float32."}
-    )
-    lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Backbone layers that LoRA adapts; default: every linear layer but the head."}
+    init_adapter_path: str | None = flag(None, "Start from the LoRA and memory in this folder, say of an easier task.")
+    use_peft: bool = flag(True, "Train LoRA adapters (off: the memory embedding alone).")
+    load_in_4bit: bool = flag(True, "Quantise the frozen backbone to 4 bits.")
+    use_bnb_nested_quant: bool = flag(True, "Quantise the quantisation constants too.")
+    dtype: str | None = flag("bfloat16", "Of the backbone's computations: bfloat16 or float32.")
+    lora_target_modules: list[str] | None = flag(
+        None, "Backbone layers that LoRA adapts; default: every linear layer but the head."
     )
 
     def __post_init__(self):
@@ -53,6 +62,10 @@ class ModelArguments(TrlModelConfig):
             raise UsageError("`--load_in_8bit` is not supported; got True. Use `--load_in_4bit` or neither")
         if self.dtype not in ("bfloat16", "float32", "float16"):
             raise UsageError(f"`--dtype` must be bfloat16, float32 or float16; got {self.dtype}")
+        if self.use_peft:
+            _check_counts(self, "lora_r", "lora_alpha")
+            if not 0 <= self.lora_dropout < 1:
+                raise UsageError(f"`--lora_dropout` must lie in [0, 1); got {self.lora_dropout}")
         targets = self.lora_target_modules
         super().__post_init__()
         # TRL unpacks a list of one, which PEFT takes for a pattern of the whole name
@@ -61,67 +74,22 @@ class ModelArguments(TrlModelConfig):
 
 
 @dataclass
-class TaskArguments(TrlScriptArguments):
+class TaskArguments(
+    StoryOptions, BackgroundOptions, QuestionOptions, EarlyOptions, PasskeyOptions, RowOptions, TextOptions
+):
     """What is to be remembered."""
 
-    task: str = field(
-        default="passkey",
-        metadata={
-            "help": "passkey, qa1 to qa20, niah_single, memorize, detect_memorize, reasoning, several separated by commas, "
-            "dataset (--dataset_name) or text (--text_path)."
-        },
-    )
-    dataset_name: str | None = field(
-        default=None,
-        metadata={
-            "help": "Own rows for --task dataset: a JSONL or Parquet file or a Hub id; columns input, question, target."
-        },
-    )
-    text_path: str | None = field(
-        default=None,
-        metadata={
-            "help": "Any text for --task text: a folder of .txt, a .txt file, a .jsonl file (column text) or a Hub id."
-        },
-    )
-    babi_dir: str | None = field(
-        default=None,
-        metadata={"help": "Folder of official bAbI files (qa1_train.txt, …); default: the built-in simulator."},
-    )
-    babi_vocabulary: str | None = field(
-        default=None,
-        metadata={"help": "YAML or JSON file of other people, rooms, objects, … for simulated bAbI stories."},
-    )
-    background_dir: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder of .txt books that hide the facts, begun again where they end; name other ones for evaluation. "
-            "Default: built-in procedural prose."
-        },
-    )
-    background_dataset: str | None = field(
-        default=None,
-        metadata={
-            "help": "Books from a data set with column text instead: a Hub id, streamed, or a path; of its split train, but "
-            "for the tenths that evaluation reads where it has no other split."
-        },
-    )
-    num_digits: int = field(default=5, metadata={"help": "Digits of a pass key, but for --passkey_wording landmark."})
-    passkey_wording: str = field(
-        default="plain",
-        metadata={
-            "help": "Wording of the pass key task: plain, landmark (numbers 1 to 50000), longlora or infinitebench."
-        },
-    )
-    question_position: str = field(
-        default="last", metadata={"help": "Where BABILong's question stands: last, first or both."}
-    )
-    max_n_facts: int | None = field(default=None, metadata={"help": "Drop bAbI stories with more facts than this."})
+    #: keys of an arguments.yaml from before, which changed nothing
+    of_before: ClassVar[dict] = {
+        "dataset_train_split": "train",
+        "dataset_test_split": "test",
+        "dataset_streaming": False,
+        "ignore_bias_buffers": False,
+    }
 
-    early_facts_share: float = field(
-        default=0.0,
-        metadata={
-            "help": "Share (0..1) of training texts with all facts before the last segment: only memory finds them."
-        },
+    task: str = flag(
+        "passkey",
+        f"passkey, {KNOWN_HAYSTACKS}, several separated by commas, dataset (--dataset_name) or text (--text_path).",
     )
 
     def __post_init__(self):
@@ -145,78 +113,19 @@ class TaskArguments(TrlScriptArguments):
 
 
 @dataclass
-class RmtArguments:
-    """RMT's own settings (`RmtConfig`)."""
-
-    num_memory_tokens: int = field(default=16, metadata={"help": "Memory tokens m that carry the past."})
-    segment_length: int = field(default=1024, metadata={"help": "Tokens per segment L."})
-    bptt_segments: int | None = field(
-        default=None, metadata={"help": "Gradients of a segment's loss reach this many segments; default: all."}
-    )
-    segment_alignment: str = field(
-        default="left", metadata={"help": "left: the last segment is the short one; right: the first."}
-    )
-    checkpoint_segments: bool = field(
-        default=True,
-        metadata={"help": "Recompute segments in the backward pass: memory does not grow with their number."},
-    )
-    memory_noise: float = field(
-        default=0.0,
-        metadata={
-            "help": "Noise on the memory in training, as a share of its size, so that it does not drift over longer texts; grows "
-            "from none in the first stage to this in the last."
-        },
-    )
-
-
-@dataclass
-class LandmarkArguments:
-    """Landmark attention's own settings (`LandmarkConfig`)."""
-
-    block_length: int = field(default=64, metadata={"help": "Positions per block K: K-1 tokens and their landmark."})
-    context_length: int = field(
-        default=2048, metadata={"help": "Tokens per training text, the unit of --curriculum_stages; bounds positions."}
-    )
-    top_k: int = field(default=4, metadata={"help": "Blocks that a token reads beside what is near, at inference."})
-    train_top_k: int | None = field(
-        default=None, metadata={"help": "As many in training too, as longer texts will have it; default: all blocks."}
-    )
-    landmark_embedding: str = field(
-        default="trained", metadata={"help": "trained, or frozen_mean: the mean of the token embeddings."}
-    )
-    retrieval: str = field(
-        default="token", metadata={"help": "token: each head and token chooses blocks; chunk: each head for a chunk."}
-    )
-    offload_blocks: bool = field(default=False, metadata={"help": "Keep blocks in CPU memory at inference."})
-    implementation: str = field(
-        default="auto", metadata={"help": "Of landmark attention in training: auto, sdpa, flex or naive."}
-    )
-
-
-@dataclass
 class CurriculumArguments:
     """Growing lengths."""
 
-    curriculum_stages: list[int] = field(
-        default_factory=lambda: [1, 2, 4, 8], metadata={"help": "Longest text of each stage, in segments."}
+    curriculum_stages: list[int] = flag([1, 2, 4, 8], "Longest text of each stage, in segments.")
+    stage_max_steps: list[int] = flag([500], "Step limit of each stage (one number: of every stage).")
+    promotion_accuracy: float = flag(
+        0.95, "A stage but the last ends early at this held-out accuracy (0..1) on its longest text."
     )
-    stage_max_steps: list[int] = field(
-        default_factory=lambda: [500], metadata={"help": "Step limit of each stage (one number: of every stage)."}
-    )
-    promotion_accuracy: float = field(
-        default=0.95,
-        metadata={"help": "A stage but the last ends early at this held-out accuracy (0..1) on its longest text."},
-    )
-    vary_lengths: bool = field(
-        default=True, metadata={"help": "Stage n draws --min_segments..n segments per step; off: always n."}
-    )
-    min_segments: int = field(default=1, metadata={"help": "Shortest text that --vary_lengths draws, in segments."})
-    stage_lr_decay: float = field(
-        default=1.0, metadata={"help": "Peak learning rate of a stage as a share (0..1] of that of the stage before."}
-    )
-    eval_samples: int = field(
-        default=64,
-        metadata={"help": "Held-out samples per evaluation, over all ranks; rounded up to whole evaluation batches."},
+    vary_lengths: bool = flag(True, "Stage n draws --min_segments..n segments per step; off: always n.")
+    min_segments: int = flag(1, "Shortest text that --vary_lengths draws, in segments.")
+    stage_lr_decay: float = flag(1.0, "Peak learning rate of a stage as a share (0..1] of that of the stage before.")
+    eval_samples: int = flag(
+        64, "Held-out samples per evaluation, over all ranks; rounded up to whole evaluation batches."
     )
 
     def __post_init__(self):
@@ -249,7 +158,7 @@ class TrainingArguments(HfTrainingArguments):
         default=0.1, metadata={"help": "Warm-up of each stage: steps, or a fraction of the limit."}
     )
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN losses (they stop training here)."})
-    report_to: str = field(default="none", metadata={"help": "tensorboard, wandb, trackio, … or none."})
+    report_to: str | list[str] = field(default="none", metadata={"help": "tensorboard, wandb, trackio, … or none."})
     hub_strategy: str = field(default="end", metadata={"help": "When --push_to_hub pushes: at the end, once."})
     load_best_model_at_end: bool = field(
         default=False,
@@ -269,6 +178,7 @@ class TrainingArguments(HfTrainingArguments):
             "gradient_accumulation_steps",
             "eval_steps",
         )
+        _check_seeds(self, "seed", "data_seed")
         # transformers refuses bf16 without a GPU unless told that the CPU is meant, and DeepSpeed looks for a GPU by itself
         told = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
         self.use_cpu = self.use_cpu or told or not torch.accelerator.is_available()
@@ -277,93 +187,6 @@ class TrainingArguments(HfTrainingArguments):
         super().__post_init__()
         if self.use_cpu and (self.activation_checkpointing_kwargs or {}).get("offload"):
             raise UsageError("`--activation_checkpointing_kwargs` offload moves to the CPU what is there: leave it out")
-
-
-class Parser(TrlParser):
-    """TRL's parser; an unknown flag or key, or a value of the wrong type, is one line and exit code 2."""
-
-    def error(self, message: str):
-        raise UsageError(message)
-
-    def parse_known_args(self, args=None, namespace=None):
-        namespace, unknown = super().parse_known_args(args, namespace)
-        for flag in unknown:
-            if flag.startswith("--"):
-                self._refuse("flag", flag.split("=")[0], [o for a in self._actions for o in a.option_strings])
-        return namespace, unknown
-
-    def _refuse(self, kind: str, name: str, known: list[str]):
-        raise UsageError(f"unknown {kind} `{name}`{suggest(name, known, quote='`') or '; see --help'}")
-
-
-def parse_arguments(
-    *dataclass_types, default_config: str | os.PathLike, description: str, args: list[str] | None = None
-) -> tuple:
-    """One instance per dataclass type, from the command line over `--config FILE` over the defaults.
-
-    Args:
-        default_config: the YAML file used where no `--config` is given.
-
-    Raises:
-        UsageError: unknown key or flag (with a "did you mean"), a value of the wrong type, an unreadable file.
-    """
-    parser = Parser(
-        dataclass_types,
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", help=f"YAML file of any of these keys; default: {os.path.basename(default_config)}")
-    args = list(sys.argv[1:] if args is None else args)
-    args = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
-    config_path = str(default_config)
-    while "--config" in args[:-1]:  # the last one wins, as with any flag
-        position = args.index("--config")
-        config_path = args[position + 1]
-        del args[position : position + 2]
-    parser.set_defaults_with_config(**_read_config(config_path, parser))
-    try:
-        return tuple(parser.parse_args_into_dataclasses(args=args)[: len(dataclass_types)])
-    except UsageError:
-        raise
-    except (ValueError, TypeError, ImportError) as error:
-        raise UsageError(one_line(error)) from None
-
-
-def _read_config(path: str, parser: Parser) -> dict:
-    try:
-        with open(path) as file:
-            config = yaml.safe_load(file) or {}
-    except OSError as error:
-        folder = os.path.dirname(path) or "."
-        there = sorted(n for n in os.listdir(folder) if n.endswith((".yaml", ".yml"))) if os.path.isdir(folder) else []
-        raise UsageError(
-            f"`--config` {path}: {error.strerror}" + (f"; {folder} holds {', '.join(there)}" if there else "")
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"`--config` {path} is not YAML: {one_line(error)}") from None
-    if not isinstance(config, dict):
-        raise UsageError(f"`--config` {path} must be a mapping of keys to values; got {type(config).__name__}")
-    known = [action.dest for action in parser._actions if action.dest not in ("help", "config")]
-    for key in config:
-        if key not in known:
-            parser._refuse(f"key in {path}", str(key), known)
-    for action in parser._actions:
-        # argparse converts string defaults only: bring "1e-4", which YAML reads as a string, and numbers to their type
-        value, many = config.get(action.dest), action.nargs in ("+", "*")
-        if (
-            value is None
-            or action.type is None
-            or isinstance(value, dict)
-            or (isinstance(value, list) and action.type is str)
-        ):
-            continue
-        try:
-            values = [action.type(str(v)) for v in (value if many and isinstance(value, list) else [value])]
-        except (ValueError, argparse.ArgumentTypeError):
-            raise UsageError(f"key `{action.dest}` in {path}: {value!r} is not a valid value; see --help") from None
-        config[action.dest] = values if many else values[0]
-    return config
 
 
 def as_dict(*instances) -> dict:

@@ -18,7 +18,12 @@ class TrainingFault(RuntimeError):
 
 @contextlib.contextmanager
 def exit_on_error():
-    """Turns a `UsageError` or a `TrainingFault` into its one line on stderr and its exit code."""
+    """Turns a `UsageError` or a `TrainingFault` into its one line on stderr and its exit code.
+
+    What is printed meanwhile is what the terminal can show, with ? for the rest, whatever the locale.
+    """
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
     try:
         yield
     except (UsageError, TrainingFault) as error:

@@ -21,32 +21,7 @@ Sharded under DeepSpeed ZeRO-3 over 8 GPUs, or over two CPU processes:
 
 from pathlib import Path
 
-from lrmt.arguments import (
-    CurriculumArguments,
-    ModelArguments,
-    RmtArguments,
-    TaskArguments,
-    TrainingArguments,
-    parse_arguments,
-)
-from lrmt.errors import exit_on_error
-from lrmt.models import RmtForCausalLM
-from lrmt.training.run import train
-
-
-def main():
-    model_args, task_args, rmt_args, curriculum_args, training_args = parse_arguments(
-        ModelArguments,
-        TaskArguments,
-        RmtArguments,
-        CurriculumArguments,
-        TrainingArguments,
-        default_config=Path(__file__).parent / "configs" / "rmt_tiny_llama.yaml",
-        description=__doc__,
-    )
-    train(RmtForCausalLM, rmt_args, model_args, task_args, curriculum_args, training_args)
-
+from lrmt.training.recipe import run_recipe
 
 if __name__ == "__main__":
-    with exit_on_error():
-        main()
+    run_recipe("rmt", default_config=Path(__file__).parent / "configs" / "rmt_tiny_llama.yaml", description=__doc__)

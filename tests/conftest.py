@@ -1,8 +1,7 @@
 """What several tests share: random backbones with the shipped tokenizer, and recipes run inside the test's process."""
 
-import importlib.util
 import os
-import sys
+import runpy
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -52,23 +51,33 @@ def backbones(tmp_path_factory) -> dict[str, Path]:
     return folders
 
 
-def _main(recipe: str):
-    spec = importlib.util.spec_from_file_location(recipe, ROOT / "recipes" / f"{recipe}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+@pytest.fixture(scope="session")
+def call_of():
+    """`call_of("rmt_llama")`: what the recipe hands to `run_recipe`, as `(arguments, named arguments)`."""
+    from lrmt.training import recipe as module
+
+    def call(recipe: str):
+        seen, real = [], module.run_recipe
+        module.run_recipe = lambda *given, **named: seen.append((given, named))
+        try:
+            runpy.run_path(str(ROOT / "recipes" / f"{recipe}.py"), run_name="__main__")
+        finally:
+            module.run_recipe = real
+        (only,) = seen
+        return only
+
+    return call
 
 
 @pytest.fixture(scope="session")
-def run_recipe():
-    """`run_recipe("rmt_llama", *flags)`: the recipe's `main` with this command line."""
+def run_recipe(call_of):
+    """`run_recipe("rmt_llama", *flags)`: the recipe with this command line, whose mistakes are raised."""
+    from lrmt.training.recipe import parse_recipe
+    from lrmt.training.run import train
 
     def run(recipe: str, *flags):
-        argv, sys.argv = sys.argv, [f"{recipe}.py", *map(str, flags)]
-        try:
-            return _main(recipe)()
-        finally:
-            sys.argv = argv
+        given, named = call_of(recipe)
+        return train(*parse_recipe(*given, **named, args=list(map(str, flags))))
 
     return run
 
@@ -76,15 +85,7 @@ def run_recipe():
 @pytest.fixture(scope="session")
 def train_small(backbones, tmp_path_factory):
     """`train_small(*flags)`: trains a random LLaMA, unless flags say otherwise, and returns the trainer."""
-    from lrmt.arguments import (
-        CurriculumArguments,
-        ModelArguments,
-        RmtArguments,
-        TaskArguments,
-        TrainingArguments,
-        parse_arguments,
-    )
-    from lrmt.models import RmtForCausalLM
+    from lrmt.training.recipe import parse_recipe
     from lrmt.training.run import train
 
     def run(*flags):
@@ -96,11 +97,8 @@ def train_small(backbones, tmp_path_factory):
             *SMALL,
             *flags,
         ]
-        model, task, rmt, curriculum, training = parse_arguments(
-            ModelArguments, TaskArguments, RmtArguments, CurriculumArguments, TrainingArguments,
-            default_config=ROOT / "recipes" / "configs" / "rmt_tiny_llama.yaml", description="", args=list(map(str, flags)),
-        )  # fmt: skip
-        return train(RmtForCausalLM, rmt, model, task, curriculum, training)
+        config = ROOT / "recipes" / "configs" / "rmt_tiny_llama.yaml"
+        return train(*parse_recipe("rmt", default_config=config, args=list(map(str, flags))))
 
     return run
 

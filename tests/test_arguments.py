@@ -4,19 +4,13 @@ import dataclasses
 
 import pytest
 
-from lrmt.arguments import (
-    CurriculumArguments,
-    ModelArguments,
-    RmtArguments,
-    TaskArguments,
-    TrainingArguments,
-    as_dict,
-    parse_arguments,
-)
+from lrmt.arguments import CurriculumArguments, ModelArguments, TaskArguments, TrainingArguments
 from lrmt.errors import UsageError
-from lrmt.models.rmt import RmtConfig
+from lrmt.flags import Group, parse_arguments
+from lrmt.models import METHODS, RmtConfig
 
-OURS = (ModelArguments, TaskArguments, RmtArguments, CurriculumArguments, TrainingArguments)
+RMT = Group("RMT", RmtConfig, RmtConfig.own_settings())
+OURS = (ModelArguments, TaskArguments, RMT, CurriculumArguments, TrainingArguments)
 
 
 @pytest.fixture
@@ -43,7 +37,7 @@ def test_defaults(parse):
 def test_file_over_defaults_and_flags_over_file(parse):
     yaml = "segment_length: 96\nnum_memory_tokens: 8\ncurriculum_stages: [1, 3]\nload_in_4bit: false\nlearning_rate: 1e-3\n"
     model, _, rmt, curriculum, training = parse("--segment_length", "128", "--curriculum_stages", "2", "5", yaml=yaml)
-    assert (rmt.segment_length, rmt.num_memory_tokens) == (128, 8)
+    assert (rmt["segment_length"], rmt["num_memory_tokens"]) == (128, 8)
     assert curriculum.curriculum_stages == [2, 5]
     assert model.load_in_4bit is False
     assert training.learning_rate == 1e-3  # which YAML reads as a string
@@ -52,9 +46,9 @@ def test_file_over_defaults_and_flags_over_file(parse):
 def test_config_flag_takes_either_form(parse, tmp_path):
     (tmp_path / "a.yaml").write_text("segment_length: 77")
     for flags in (["--config", str(tmp_path / "a.yaml")], [f"--config={tmp_path / 'a.yaml'}"]):
-        assert parse(*flags)[2].segment_length == 77
+        assert parse(*flags)[2]["segment_length"] == 77
     (tmp_path / "b.yaml").write_text("segment_length: 78")
-    assert parse(*flags, "--config", str(tmp_path / "b.yaml"))[2].segment_length == 78  # the last wins
+    assert parse(*flags, "--config", str(tmp_path / "b.yaml"))[2]["segment_length"] == 78  # the last wins
 
 
 def test_a_dataset_is_its_own_task(parse):
@@ -63,20 +57,21 @@ def test_a_dataset_is_its_own_task(parse):
         parse("--task", "dataset")
 
 
-def test_every_field_of_ours_is_documented_and_rmt_fields_are_the_configs():
-    for arguments in OURS:
+def test_every_field_of_ours_is_documented_and_rmt_fields_are_the_configs(parse):
+    for arguments in (ModelArguments, TaskArguments, CurriculumArguments, TrainingArguments):
         own = arguments.__annotations__
         for field in dataclasses.fields(arguments):
             if field.name in own:
                 assert field.metadata.get("help"), f"{arguments.__name__}.{field.name}"
-    config = RmtConfig()
-    assert {f.name: f.default for f in dataclasses.fields(RmtArguments)} == {
-        n: getattr(config, n) for n in as_dict(RmtArguments())
-    }
+    config, (*_, rmt, _, _) = RmtConfig(), parse()
+    assert rmt and rmt == {name: getattr(config, name) for name in rmt}
 
 
-def test_no_key_means_two_things():
-    names = [f.name for arguments in OURS for f in dataclasses.fields(arguments)]
+@pytest.mark.parametrize("method", METHODS)
+def test_no_key_means_two_things(method):
+    config = METHODS[method].config_class
+    others = (f for arguments in OURS if arguments is not RMT for f in dataclasses.fields(arguments))
+    names = [f.name for f in (*others, *config.own_settings())]
     assert sorted(names) == sorted(set(names))
 
 

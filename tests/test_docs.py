@@ -1,8 +1,8 @@
 """What the documents, recipes and configurations say is true: commands parse, links lead somewhere, Python compiles and runs."""
 
-import importlib.util
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -13,6 +13,7 @@ import yaml
 
 import lrmt
 from lrmt.cli import parse as parse_lrmt
+from lrmt.training import recipe
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -58,15 +59,12 @@ def in_root(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
-def parse_recipe(path, flags, monkeypatch):
+def settings_of(path, flags, monkeypatch):
     """The settings that a recipe would train with."""
-    spec = importlib.util.spec_from_file_location("recipe", path)
-    recipe = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(recipe)
     seen = []
     monkeypatch.setattr(recipe, "train", lambda *settings: seen.append(settings))
     monkeypatch.setattr(sys, "argv", [str(path), *flags])
-    recipe.main()
+    runpy.run_path(str(path), run_name="__main__")
     return seen[0]
 
 
@@ -83,11 +81,12 @@ def test_commands_parse(where, line, monkeypatch):
     elif program == "accelerate":
         if "-m" in flags:
             assert flags[flags.index("-m") + 1] == "lrmt.cli"
-            return parse_lrmt(flags[flags.index("-m") + 2 :])
+            parse_lrmt(flags[flags.index("-m") + 2 :])
+            return
         script = next(i for i, word in enumerate(flags) if word.endswith(".py"))
         if "--config_file" in flags[:script]:
             assert (ROOT / flags[flags.index("--config_file") + 1]).is_file()
-        parse_recipe(ROOT / flags[script], flags[script + 1 :], monkeypatch)
+        settings_of(ROOT / flags[script], flags[script + 1 :], monkeypatch)
     elif program == "python":
         text = (ROOT / flags[0]).read_text()
         assert all(f'"{flag}"' in text for flag in flags[1:] if flag.startswith("--"))
@@ -121,13 +120,13 @@ def test_configs_parse_and_open_with_their_launch_line(path, monkeypatch):
     lines = path.read_text().splitlines()
     opening = [line for line in lines[:4] if line.startswith("# accelerate launch ")]
     assert opening, "the first lines name the command"
-    recipe = RECIPES[0].parent / re.search(r"recipes/(\w+\.py)", opening[0])[1]
-    default = f'"{path.name}"' in recipe.read_text()
+    script = RECIPES[0].parent / re.search(r"recipes/(\w+\.py)", opening[0])[1]
+    default = f'"{path.name}"' in script.read_text()
     assert default or f"--config recipes/configs/{path.name}" in opening[0]
     wanted = yaml.safe_load("\n".join(lines))
     of_the_user = ["--text_path", "books"] if wanted["task"] == "text" else []
-    parsed = parse_recipe(recipe, ["--config", str(path), *of_the_user], monkeypatch)
-    values = {key: value for arguments in parsed[1:] for key, value in vars(arguments).items()}
+    _, settings, *parsed = settings_of(script, ["--config", str(path), *of_the_user], monkeypatch)
+    values = settings | {key: value for arguments in parsed for key, value in vars(arguments).items()}
     for key, value in wanted.items():
         got = getattr(values[key], "value", values[key])
         assert got == value or float(got) == float(value), key

@@ -6,12 +6,12 @@ import json
 import pytest
 import torch
 import yaml
-from lrmt.training.recipe import run_recipe
 
 import lrmt
 from lrmt.cli import main
+from lrmt.flags import flag
 from lrmt.models import METHODS, RecurrentConfig, RecurrentModel, Span
-from lrmt.models.config import setting
+from lrmt.training.recipe import run_recipe
 
 
 class MeanConfig(RecurrentConfig):
@@ -20,8 +20,8 @@ class MeanConfig(RecurrentConfig):
     model_type = "mean"
     reading_settings = ("gain",)
 
-    gain: float = setting(1.0, "Size of the memory, as a multiple of the mean.")
-    prefix_tokens: int = setting(2, "How often the memory stands before a segment.")
+    gain: float = flag(1.0, "Size of the memory, as a multiple of the mean.")
+    prefix_tokens: int = flag(2, "How often the memory stands before a segment.")
 
     @property
     def positions(self) -> int:

@@ -9,17 +9,9 @@ import pytest
 import yaml
 from transformers import LlamaConfig
 
-from lrmt.arguments import (
-    CurriculumArguments,
-    LandmarkArguments,
-    ModelArguments,
-    RmtArguments,
-    TaskArguments,
-    TrainingArguments,
-    parse_arguments,
-)
-from lrmt.models import LandmarkConfig, RmtConfig
+from lrmt.models import METHODS
 from lrmt.training.curriculum import Curriculum
+from lrmt.training.recipe import parse_recipe
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
@@ -33,13 +25,11 @@ PUBLISHED_LANDMARK = {
     "lora_r": 64, "lora_alpha": 16, "learning_rate": 1.5e-4, "top_k": 4, "bf16": True, "dtype": "bfloat16", "load_in_4bit": True,
     "task": "text",
 }  # fmt: skip
-METHODS = {"rmt": (RmtArguments, RmtConfig), "landmark": (LandmarkArguments, LandmarkConfig)}
 by_name = {"ids": lambda path: path.name}
 
 
 def parse(*flags, default=ROOT / "recipes" / "configs" / "rmt_tiny_llama.yaml", method="rmt"):
-    types = (ModelArguments, TaskArguments, METHODS[method][0], CurriculumArguments, TrainingArguments)
-    return parse_arguments(*types, default_config=default, description="", args=list(map(str, flags)))
+    return parse_recipe(method, default_config=default, args=list(map(str, flags)))
 
 
 def named_files(text: str) -> set[str]:
@@ -55,9 +45,9 @@ def test_there_is_one_for_each_backbone():
 def test_config_parses_to_a_run(path):
     method = path.name.split("_")[0]
     flags = ["--text_path", "books"] if "text_path" in path.read_text() else []
-    model, task, settings, curriculum, training = parse("--config", path, *flags, method=method)
+    model_class, settings, model, task, curriculum, training = parse("--config", path, *flags, method=method)
     assert model.model_name_or_path == yaml.safe_load(path.read_text())["model_name_or_path"]
-    METHODS[method][1](**vars(settings))
+    model_class.config_class(**settings)
     Curriculum(curriculum.curriculum_stages, curriculum.stage_max_steps, curriculum.promotion_accuracy)
     assert (model.dtype == "bfloat16") == training.bf16  # DeepSpeed wants them to agree
 
@@ -134,7 +124,7 @@ def test_dry_run_counts_what_trains_and_writes_nothing(
     assert run_recipe(recipe, *flags, "--dry_run") is None
     plan = plan_of(capsys.readouterr().out)
     assert list(tmp_path.iterdir()) == []
-    arguments = parse(*flags)[0]
+    arguments = parse(*flags)[2]
     model = build_model(RmtForCausalLM, arguments, {"num_memory_tokens": 4, "segment_length": 80})
     trainable = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
     assert plan["trainable"] == sum(trainable.values())

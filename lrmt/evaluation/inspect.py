@@ -7,9 +7,9 @@ import torch
 
 from lrmt.errors import UsageError
 from lrmt.evaluation.decoding import decode_answer, generating, greedy
+from lrmt.evaluation.inspection import InspectionSettings
 from lrmt.evaluation.plots import draw_retrieval
 from lrmt.evaluation.run import load_on_device, load_tokenizer, read_config
-from lrmt.evaluation.settings import InspectionSettings
 from lrmt.files import to_json, told_as, write_files
 from lrmt.models import METHODS, Span
 from lrmt.tasks.base import Pieces

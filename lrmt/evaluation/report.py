@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from lrmt.errors import UsageError, one_line, suggest
 from lrmt.evaluation.babilong.predictions import describe_variant
@@ -14,6 +15,7 @@ from lrmt.evaluation.babilong.rescoring import RULES
 from lrmt.evaluation.metrics import TASK_LABELS
 from lrmt.evaluation.results import PLACE, check_output, pool_depths
 from lrmt.files import write_files
+from lrmt.flags import flag
 from lrmt.lengths import format_tokens, parse_tokens
 from lrmt.tasks.names import GENERATED
 
@@ -26,6 +28,34 @@ KEYS = ("model", "task", "length_tokens", "accuracy")
 #: BABILong's lengths; a text within this share of one stands in its column
 NOMINAL = tuple(parse_tokens(f"{2**n}k") for n in range(10)) + tuple(parse_tokens(f"{n}M") for n in (1, 2, 4, 8, 10))
 TOLERANCE = 0.05
+
+
+@dataclass(kw_only=True)
+class ReportSettings:
+    """What `lrmt report` is asked to do."""
+
+    title: ClassVar[str] = "flags"
+    description: ClassVar[str] = """\
+Draws results of several models side by side, with BABILong's published figures as reference rows in italics:
+report.png, report.md and report.csv, by task, model and context length. A text that was asked for by a name (4k), or is
+within 5 % of one of BABILong's lengths, stands in its column; of several depths it is the mean; qa1-5 is the mean over
+the five tasks.
+"""
+    examples: ClassVar[str] = """\
+examples:
+  lrmt report runs/qa1 runs/scores/scores.json --task qa1
+  lrmt report runs/a/results.json runs/b/results.json --names small large --no_published --output_dir runs/both
+"""
+
+    paths: list[str] = flag(
+        help="A results.json, a scores.json, or a folder that holds one.", metavar="PATH", positional=True
+    )
+    task: list[str] = flag([], "passkey, qa1, … qa20, qa1-5 or dataset (default: all).", "NAME")
+    names: list[str] = flag([], "Of the paths, in their order (default: of the folders).", "NAME")
+    scoring: str = flag("official", "Of scores.json: official, strict, contains.", "RULE")
+    no_published: bool = flag(False, "Leave out the published figures.")
+    output_dir: str = flag("runs/report", "Folder of the files.", "DIR")
+    overwrite: bool = flag(False, "Replace the files of an earlier run in --output_dir.")
 
 
 @dataclass

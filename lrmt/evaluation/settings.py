@@ -1,37 +1,47 @@
-"""What `lrmt evaluate` and `lrmt inspect` are asked to do: every field is the flag of the same name, checked on construction."""
+"""What `lrmt evaluate` is asked to do, in each of its modes: every field is the flag of the same name, checked on construction."""
 
-from dataclasses import MISSING, dataclass, field, fields
-from functools import cached_property
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from lrmt import __version__
-from lrmt.adapters.find import find_adapter
-from lrmt.errors import UsageError, suggest
+from lrmt.errors import UsageError
+from lrmt.evaluation.groups import (
+    BASELINES,
+    DEFAULT_BASELINES,
+    KNOWN_TASKS,
+    BaselineFlags,
+    DepthFlags,
+    FewBaselineFlags,
+    GeneratedTaskFlags,
+    HarnessTaskFlags,
+    LengthFlags,
+    OutputFlags,
+    PerplexityTaskFlags,
+    RowTaskFlags,
+    ScoredOutputFlags,
+    check_known,
+    check_least,
+    check_rows,
+    check_seed,
+    check_tasks,
+    fingerprint_rows,
+)
 from lrmt.evaluation.metrics import RULES
+from lrmt.evaluation.opening import OpeningSettings, method_settings
 from lrmt.files import fingerprint
+from lrmt.flags import flag
 from lrmt.lengths import parse_segments, parse_tokens, spell_length
-from lrmt.tasks.names import GENERATED, KNOWN_HAYSTACKS, SPLITS
+from lrmt.tasks.names import GENERATED, SPLITS
 
-KNOWN_TASKS = f"passkey, {KNOWN_HAYSTACKS}, perplexity"
 DEFAULT_LENGTHS = ("1", "2", "4", "8", "16", "32")
 PERPLEXITY_LENGTHS = ("1", "2", "4", "8")
 
-#: `--baseline`, and what each is
-BASELINES = {
-    "untrained": "the same memory before training (the adapter disabled)",
-    "backbone": "the bare model, shown as much of the END of the text as one segment holds",
-    "full": "the bare model, shown all of the text, however long",
-    "sliding_window": "the bare model, each token of the text seeing one segment's length back",
-    "xl": "the bare model, each segment of the text seeing the one before too (Transformer-XL)",
-    "rag": "the bare model, shown the passages that fit the question best (BM25, or --rag_model)",
-    "api": "an OpenAI-compatible endpoint, shown all of the text (--api_model)",
-}
-DEFAULT_BASELINES = ("untrained", "backbone")
-RAG_ORDERS = ("document", "similarity")
-
-#: how landmark attention reads, if otherwise than it was trained
-READING = ("top_k", "retrieval", "offload_blocks")
+COLUMNS = f"""\
+Accuracy with a 95 % confidence interval (Wilson), beside baselines measured in the same run (--baseline):
+{chr(10).join(f"  {name:15} {what}" for name, what in BASELINES.items())}
+"""
 
 
 class Cell(NamedTuple):
@@ -47,235 +57,55 @@ class Cell(NamedTuple):
     tokens: int | None = None
 
 
-@dataclass(frozen=True)
-class EvaluationSettings:
-    """Settings of one evaluation; raises UsageError, one line, for whatever cannot work."""
+# ---------------------------------------------------------------------- modes
 
-    adapter_path: str
-    task: tuple[str, ...] = ()
-    lengths: tuple[str, ...] = ()
-    dataset_name: str | None = None
-    dataset_config: str | None = None
-    dataset_split: str | None = None
-    text_path: str | None = None
-    num_samples: int | None = None
-    batch_size: int = 8
-    seed: int = 0
-    split: str = "test"
-    babi_dir: str | None = None
-    babi_vocabulary: str | None = None
-    background_dir: str | None = None
-    background_dataset: str | None = None
-    repeat_background: bool = False
-    num_digits: int = 5
-    passkey_wording: str = "plain"
-    question_position: str = "last"
-    max_n_facts: int | None = None
-    load_in_4bit: bool | None = None
-    top_k: int | None = None
-    retrieval: str | None = None
-    offload_blocks: bool | None = None
-    scoring: str = "official"
-    baseline: tuple[str, ...] = DEFAULT_BASELINES
-    depths: tuple[float, ...] = ()
-    stop_below: float | None = None
-    rag_chunks: str = "sentences"
-    rag_top_k: int = 5
-    rag_order: str = "document"
-    rag_model: str | None = None
-    api_model: str | None = None
-    api_concurrency: int = 8
-    api_timeout: float = 120.0
-    api_max_retries: int = 6
-    api_max_tokens: int | None = field(
-        default=None, metadata={"help": "of api: tokens an answer may have, thoughts included (default: as all models)"}
-    )
-    api_input_price: float | None = None
-    api_output_price: float | None = None
-    output_dir: str | None = None
-    overwrite: bool = False
-    model_name_or_path: str | None = None
 
-    def __post_init__(self):
-        find_adapter(self.adapter_path)
-        self._check_baselines()
-        if self.measures_perplexity or self.text_path is not None:
-            self._check_perplexity()
-        elif self.dataset_name is None:
-            self._check_generated_tasks()
-        else:
-            self._check_dataset()
-        for flag in ("num_samples", "batch_size"):
-            if getattr(self, flag) is not None and getattr(self, flag) < 1:
-                raise UsageError(f"--{flag} must be at least 1; got {getattr(self, flag)}")
-        if self.seed < 0:
-            raise UsageError(f"--seed must not be negative; got {self.seed}")
-        if self.scoring not in RULES:
-            got = f"{self.scoring!r}{suggest(self.scoring, RULES)}"
-            raise UsageError(f"--scoring must be one of {', '.join(RULES)}; got {got}")
-        if self.split not in SPLITS:
-            got = f"{self.split!r}{suggest(self.split, SPLITS)}"
-            raise UsageError(f"--split must be one of {', '.join(SPLITS)}; got {got}")
-        if self.babi_vocabulary is not None and self.scoring in ("official", "strict"):
-            raise UsageError(
-                f"--scoring {self.scoring} knows the labels of the bAbI files only, not those of --babi_vocabulary "
-                f"{self.babi_vocabulary}; give --scoring exact or contains"
-            )
-        if self.babi_dir is not None and not Path(self.babi_dir).is_dir():
-            raise UsageError(f"--babi_dir must be a folder; got {self.babi_dir}")
-        if self.background_dir is not None and self.background_dataset is not None:
-            raise UsageError(
-                "--background_dir and --background_dataset exclude each other; "
-                f"got {self.background_dir} and {self.background_dataset}. Name one"
-            )
-        if self.background_dir is not None and not Path(self.background_dir).is_file():
-            if not Path(self.background_dir).is_dir():
-                raise UsageError(
-                    f"--background_dir must be a folder of .txt, a .txt or .jsonl file; got {self.background_dir}"
-                )
-            if not any(Path(self.background_dir).rglob("*.txt")):
-                raise UsageError(
-                    f"--background_dir {self.background_dir} holds no .txt file; name a folder of text books"
-                )
-        if self.folder.exists() and not self.folder.is_dir():
-            raise UsageError(f"--output_dir must be a folder; {self.folder} is a file")
+@dataclass(kw_only=True)
+class EvaluationSettings(OpeningSettings):
+    """One evaluation, of the mode that its flags mean; raises UsageError, one line, for whatever cannot work."""
 
-    def _check_baselines(self):
-        for name in self.baseline:
-            if name not in BASELINES:
-                got = f"{name!r}{suggest(name, BASELINES)}"
-                raise UsageError(f"--baseline must be one of {', '.join(BASELINES)}; got {got}")
-        if self.measures_perplexity and (others := [n for n in self.baseline if n not in DEFAULT_BASELINES]):
-            raise UsageError(f"--task perplexity has no --baseline {' '.join(others)}; leave it out")
-        if ("api" in self.baseline) != (self.api_model is not None):
-            got = "--baseline api alone" if self.api_model is None else f"--api_model {self.api_model} alone"
-            raise UsageError(f"--baseline api and --api_model NAME belong together; got {got}. Give both or none")
-        for depth in self.depths:
-            if not 0 <= depth <= 1:
-                raise UsageError(f"--depths must lie in [0, 1] (0 = the beginning of the text); got {depth}")
-        if self.stop_below is not None and not 0 < self.stop_below <= 1:
-            raise UsageError(f"--stop_below must lie in (0, 1]; got {self.stop_below}")
-        if self.rag_chunks != "sentences" and not (self.rag_chunks.isdigit() and int(self.rag_chunks) > 0):
-            raise UsageError(f"--rag_chunks must be sentences, or tokens of a passage; got {self.rag_chunks!r}")
-        for flag, least in (("rag_top_k", 1), ("api_concurrency", 1), ("api_max_retries", 0)):
-            if getattr(self, flag) < least:
-                raise UsageError(f"--{flag} must be at least {least}; got {getattr(self, flag)}")
-        if self.api_max_tokens is not None and self.api_max_tokens < 1:
-            raise UsageError(f"--api_max_tokens must be at least 1; got {self.api_max_tokens}")
-        if not self.api_timeout > 0:
-            raise UsageError(f"--api_timeout must be more than 0 seconds; got {self.api_timeout}")
-        if self.rag_order not in RAG_ORDERS:
-            got = f"{self.rag_order!r}{suggest(self.rag_order, RAG_ORDERS)}"
-            raise UsageError(f"--rag_order must be one of {', '.join(RAG_ORDERS)}; got {got}")
+    #: where its files go by default, and the function that is called with the settings
+    place_name: ClassVar[str] = "evaluation"
+    function: ClassVar[str] = "lrmt.evaluation.run:run_evaluation"
+    measures_perplexity: ClassVar[bool] = False
 
-    @property
-    def reading(self) -> dict:
-        """The reading settings that were given."""
-        given = {"top_k": self.top_k, "retrieval": self.retrieval, "offload_blocks": self.offload_blocks}
-        return {name: value for name, value in given.items() if value is not None}
+    batch_size: int = flag(8, "Texts at once.", "N")
 
-    @property
-    def rag(self) -> dict:
-        """Settings of baseline rag, as `baselines.build_contenders` takes them."""
-        chunks = self.rag_chunks if self.rag_chunks == "sentences" else int(self.rag_chunks)
-        return {"chunks": chunks, "top_k": self.rag_top_k, "order": self.rag_order, "model": self.rag_model}
+    def __new__(cls, *given, **named):
+        return super().__new__(cls.choose(named) if cls is EvaluationSettings else cls)
 
-    def _check_generated_tasks(self):
-        if not self.task:
-            raise UsageError(f"give --task ({KNOWN_TASKS}) or --dataset_name (a .jsonl file of your own rows)")
-        self._check_tasks()
-        for length in self.lengths:
-            parse_segments(length)
+    @classmethod
+    def modes(cls):
+        return GridSettings, RowSettings, PerplexitySettings, HarnessSettings
 
-    def _check_tasks(self):
-        for name in self.task:
-            if name not in GENERATED:
-                got = f"{name!r}{suggest(name, (*GENERATED, 'perplexity'))}"
-                raise UsageError(f"--task must be one of {KNOWN_TASKS}; got {got}")
+    @classmethod
+    def choose(cls, given: Mapping[str, object]) -> type:
+        if given.keys() & {"harness", "harness_data", "harness_prompt"}:
+            return HarnessSettings
+        if "perplexity" in (given.get("task") or ()) or given.get("text_path") is not None:
+            return PerplexitySettings
+        own_rows = given.get("dataset_name") is not None and not given.get("task") and not given.get("lengths")
+        return RowSettings if own_rows else GridSettings
 
-    def _check_perplexity(self):
-        if not self.measures_perplexity:
-            got = f"--task {' '.join(self.task)}" if self.task else "no --task"
-            raise UsageError(
-                f"--text_path is of --task perplexity; got {got}. Leave --text_path out, or name that task"
-            )
-        others = [name for name in self.task if name != "perplexity"]
-        others += ["--dataset_name"] if self.dataset_name is not None else []
-        if others:
-            raise UsageError(
-                f"--task perplexity stands alone; got {' '.join(others)} too. Give it a command of its own"
-            )
-        if not self.text_path:
-            raise UsageError(
-                "--task perplexity needs --text_path; got none. Name a folder of .txt files, a .txt or .jsonl file or a Hub id"
-            )
-        for length in self.lengths:
-            if parse_segments(length) == 0:
-                raise UsageError(f"--lengths must be at least one segment for perplexity; got {length!r}")
-
-    def _check_dataset(self):
-        if self.depths:
-            raise UsageError("--dataset_name takes the rows as they are; leave out --depths")
-        of_one_file = self.dataset_name.endswith((".jsonl", ".parquet"))
-        if of_one_file and not Path(self.dataset_name).is_file():
-            raise UsageError(f"--dataset_name {self.dataset_name} does not exist; its columns: input, question, target")
-        if bool(self.task) != bool(self.lengths):
-            raise UsageError(
-                "--task and --lengths name splits and configurations of --dataset_name (qa1, 4k); got "
-                f"{'--task' if self.task else '--lengths'} alone. Give both, or none for rows of your own"
-            )
-        if self.task:
-            self._check_tasks()
-            if of_one_file or self.dataset_config or self.dataset_split:
-                got = (
-                    f"--dataset_name {self.dataset_name}" if of_one_file else "--dataset_config or --dataset_split too"
-                )
-                raise UsageError(
-                    f"--task and --lengths choose from a Hub id or a folder with a configuration for each length; got {got}. "
-                    "Leave out either"
-                )
-            for length in self.lengths:
-                parse_tokens(length)
-        elif self.dataset_split in GENERATED:
-            raise UsageError(
-                f"--dataset_split {self.dataset_split} is a task, and rows of your own are not scored as one; give --task "
-                f"{self.dataset_split} --lengths {self.dataset_config or '4k'} instead"
-            )
+    def check(self):
+        for name in ("num_samples", "batch_size"):
+            check_least(self, name, 1)
+        check_seed(self.seed)
+        check_known("split", self.split, SPLITS)
+        if self.output_dir is not None and Path(self.output_dir).exists() and not Path(self.output_dir).is_dir():
+            raise UsageError(f"--output_dir must be a folder; {self.output_dir} is a file")
 
     @property
     def folder(self) -> Path:
         """Where results.json, settings.json and heatmap.png go; perplexities have a folder of their own."""
-        name = "perplexity" if self.measures_perplexity else "evaluation"
-        return Path(self.output_dir) if self.output_dir else Path(self.adapter_path) / name
-
-    @property
-    def measures_perplexity(self) -> bool:
-        return "perplexity" in self.task
-
-    def cells(self, segment_length: int) -> list[Cell]:
-        """What to measure, without repeats, shorter texts first; the user's own rows have no set length (None)."""
-        if self.dataset_name and not self.task:
-            return [Cell("dataset", None)]
-        default = PERPLEXITY_LENGTHS if self.measures_perplexity else DEFAULT_LENGTHS
-        names = {}  # of lengths, by their tokens
-        for text in self.lengths or default:
-            if self.dataset_name:
-                names[parse_tokens(text)] = spell_length(text)
-            else:
-                tokens = parse_segments(text, segment_length) * segment_length
-                names[tokens] = str(tokens) if text.isdigit() else spell_length(text)
-        return [
-            Cell(task, -(-tokens // segment_length), depth, names[tokens], tokens)
-            for task in dict.fromkeys(self.task)
-            for depth in dict.fromkeys(self.depths or (None,))
-            for tokens in sorted(names)
-        ]
+        return self.place(self.output_dir, self.place_name)
 
     def identity(self) -> dict:
         """Whatever changes a measurement; two runs of one identity may share an output folder.
 
         Tasks, lengths and the endpoint's model are not part of it (they name cells), nor is the batch size.
         """
+        reading = method_settings(self.adapter_path, self.reading, measured=True)
         identity = {
             "adapter": fingerprint(self.adapter_path),
             "num_samples": self.num_samples,
@@ -283,8 +113,7 @@ class EvaluationSettings:
             "split": self.split,
             "scoring": self.scoring,
             "load_in_4bit": self.load_in_4bit,
-            "top_k": self.top_k,
-            "retrieval": self.retrieval,
+            **{name: self.reading.get(name) for name in reading},
             "dataset_name": fingerprint_rows(self.dataset_name),
             "dataset_config": self.dataset_config,
             "dataset_split": self.dataset_split,
@@ -308,67 +137,265 @@ class EvaluationSettings:
     @classmethod
     def defaults(cls) -> dict:
         """What a key of `identity` is where a folder from before it existed does not tell."""
-        return {field.name: field.default for field in fields(cls) if field.default is not MISSING}
+        every = (field for mode in (EvaluationSettings, *cls.modes()) for field in fields(mode))
+        return {field.name: field.default for field in every if field.default is not MISSING}
 
 
-@dataclass(frozen=True)
-class InspectionSettings:
-    """Settings of one inspection; raises UsageError, one line, for whatever cannot work."""
+@dataclass(kw_only=True)
+class GridSettings(EvaluationSettings, GeneratedTaskFlags, LengthFlags, DepthFlags, BaselineFlags, ScoredOutputFlags):
+    """Generated tasks, or those of a public set, by length."""
 
-    adapter_path: str
-    input: str
-    question: str | None = None
-    max_new_tokens: int = 16
-    top: int = 5
-    load_in_4bit: bool | None = None
-    top_k: int | None = None
-    retrieval: str | None = None
-    offload_blocks: bool | None = None
-    output_dir: str | None = None
-    overwrite: bool = False
-    model_name_or_path: str | None = None
+    description: ClassVar[str] = f"""\
+{COLUMNS}
+Tasks are generated, or, with --dataset_name, those of a public set, in the schema that lrmt data build writes: a
+configuration for each length and a split for each task. What else there is, with flags of its own that its help lists:
+  lrmt evaluate --dataset_name NAME --help     rows of your own
+  lrmt evaluate --task perplexity --help       perplexity by context length
+  lrmt evaluate --harness --help               tasks of lm-evaluation-harness
 
-    def __post_init__(self):
-        find_adapter(self.adapter_path)
-        for flag in ("max_new_tokens", "top"):
-            if getattr(self, flag) < 1:
-                raise UsageError(f"--{flag} must be at least 1; got {getattr(self, flag)}")
-        if not self.text.strip():
-            raise UsageError(f"--input {self.input} is empty; name a text file")
-        if self.question is not None and not self.question.strip():
-            raise UsageError("--question is empty; leave it out to let the text go on")
-        if self.folder.exists() and not self.folder.is_dir():
-            raise UsageError(f"--output_dir must be a folder; {self.folder} is a file")
-        if not self.overwrite and self.folder.is_dir() and any(self.folder.iterdir()):
-            raise UsageError(f"--output_dir {self.folder} is not empty; name another, or give --overwrite")
+Writes results.json (one record a cell: model, task, length_tokens, segments, accuracy, ci_low, ci_high, n; length, the
+name that was asked for, and depth, where given; accuracy and interval in 0..1), heatmap.png, settings.json, and the
+answers to bAbI tasks as BABILong's leaderboard takes them (babilong_evals). Started again with the same settings, it
+keeps the finished cells and measures the others, further --lengths, --task and --baseline included. Under accelerate
+launch the processes share the questions.
+"""
+    examples: ClassVar[str] = """\
+examples:
+  lrmt evaluate --adapter_path runs/passkey --task passkey --lengths 1 2 4 8 16 32
+  lrmt evaluate --adapter_path runs/qa1 --task qa1 qa2 --lengths 4k 16k 64k --background_dir books
+  lrmt evaluate --adapter_path runs/qa1 --task qa1 --babi_dir tasks_1-20_v1-2/en-valid-10k --num_samples 1000
+  lrmt evaluate --adapter_path runs/qa1 --task qa1 qa2 qa3 --lengths 1 2 4 8 --baseline backbone sliding_window xl rag
+  lrmt evaluate --adapter_path runs/passkey --task passkey --lengths 4 8 16 --depths 0 0.25 0.5 0.75 1
+  lrmt evaluate --adapter_path runs/qa1 --dataset_name RMT-team/babilong --task qa1 qa2 --lengths 0k 4k 128k
+"""
 
-    @property
-    def reading(self) -> dict:
-        """The reading settings that were given."""
-        given = {"top_k": self.top_k, "retrieval": self.retrieval, "offload_blocks": self.offload_blocks}
-        return {name: value for name, value in given.items() if value is not None}
+    def check(self):
+        self.task = tuple(name for names in self.task for name in names.split(",") if name)
+        self.check_baselines()
+        for depth in self.depths:
+            if not 0 <= depth <= 1:
+                raise UsageError(f"--depths must lie in [0, 1] (0 = the beginning of the text); got {depth}")
+        if self.stop_below is not None and not 0 < self.stop_below <= 1:
+            raise UsageError(f"--stop_below must lie in (0, 1]; got {self.stop_below}")
+        if self.dataset_name is None:
+            self._check_generated()
+        else:
+            self._check_public_set()
+        super().check()
+        check_known("scoring", self.scoring, RULES)
+        self._check_texts()
 
-    @cached_property
-    def text(self) -> str:
-        """What is to be read."""
-        try:
-            return Path(self.input).read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
+    def _check_generated(self):
+        if not self.task:
+            raise UsageError(f"give --task ({KNOWN_TASKS}) or --dataset_name (a .jsonl file of your own rows)")
+        check_tasks(self.task)
+        for length in self.lengths:
+            parse_segments(length)
+
+    def _check_public_set(self):
+        if self.depths:
+            raise UsageError("--dataset_name takes the rows as they are; leave out --depths")
+        of_one_file = check_rows(self.dataset_name)
+        if bool(self.task) != bool(self.lengths):
             raise UsageError(
-                f"--input {self.input} is not UTF-8 text (byte {error.start}); convert it, e.g. with iconv"
-            ) from None
-        except OSError as error:
-            raise UsageError(f"--input {self.input} cannot be read ({error.strerror}); name a text file") from None
+                "--task and --lengths name splits and configurations of --dataset_name (qa1, 4k); got "
+                f"{'--task' if self.task else '--lengths'} alone. Give both, or none for rows of your own"
+            )
+        check_tasks(self.task)
+        if of_one_file or self.dataset_config or self.dataset_split:
+            got = f"--dataset_name {self.dataset_name}" if of_one_file else "--dataset_config or --dataset_split too"
+            raise UsageError(
+                f"--task and --lengths choose from a Hub id or a folder with a configuration for each length; got {got}. "
+                "Leave out either"
+            )
+        for length in self.lengths:
+            parse_tokens(length)
 
-    @property
-    def folder(self) -> Path:
-        """Where retrieval.json and retrieval.png go."""
-        return Path(self.output_dir) if self.output_dir else Path(self.adapter_path) / "inspection"
+    def _check_texts(self):
+        if self.babi_vocabulary is not None and self.scoring in ("official", "strict"):
+            raise UsageError(
+                f"--scoring {self.scoring} knows the labels of the bAbI files only, not those of --babi_vocabulary "
+                f"{self.babi_vocabulary}; give --scoring exact or contains"
+            )
+        if self.babi_dir is not None and not Path(self.babi_dir).is_dir():
+            raise UsageError(f"--babi_dir must be a folder; got {self.babi_dir}")
+        if self.background_dir is not None and self.background_dataset is not None:
+            raise UsageError(
+                "--background_dir and --background_dataset exclude each other; "
+                f"got {self.background_dir} and {self.background_dataset}. Name one"
+            )
+        if self.background_dir is not None and not Path(self.background_dir).is_file():
+            if not Path(self.background_dir).is_dir():
+                raise UsageError(
+                    f"--background_dir must be a folder of .txt, a .txt or .jsonl file; got {self.background_dir}"
+                )
+            if not any(Path(self.background_dir).rglob("*.txt")):
+                raise UsageError(
+                    f"--background_dir {self.background_dir} holds no .txt file; name a folder of text books"
+                )
+
+    def cells(self, segment_length: int) -> list[Cell]:
+        """What to measure, without repeats, shorter texts first."""
+        names = {}  # of lengths, by their tokens
+        for text in self.lengths or DEFAULT_LENGTHS:
+            if self.dataset_name:
+                names[parse_tokens(text)] = spell_length(text)
+            else:
+                tokens, name = name_length(text, segment_length)
+                names[tokens] = name
+        return [
+            Cell(task, -(-tokens // segment_length), depth, names[tokens], tokens)
+            for task in dict.fromkeys(self.task)
+            for depth in dict.fromkeys(self.depths or (None,))
+            for tokens in sorted(names)
+        ]
 
 
-def fingerprint_rows(path) -> str | None:
-    """A digest of the file; of a folder, of what `lrmt data build` says of it, which further files do not change, or its place."""
-    if path is None or not Path(path).is_dir():
-        return fingerprint(path)
-    build = Path(path) / "build.json"
-    return fingerprint(build) if build.is_file() else str(Path(path).resolve())
+@dataclass(kw_only=True)
+class RowSettings(EvaluationSettings, RowTaskFlags, BaselineFlags, ScoredOutputFlags):
+    """Rows of one's own, each of its own length."""
+
+    description: ClassVar[str] = f"""\
+{COLUMNS}
+Rows of your own, a .jsonl or .parquet file or a Hub id: right is what equals the target (as many lines, case ignored; or
+--scoring contains), and length_tokens is the mean. Writes results.json, heatmap.png and settings.json.
+"""
+    examples: ClassVar[str] = """\
+example:
+  lrmt evaluate --adapter_path runs/mine --dataset_name questions.jsonl
+"""
+
+    @classmethod
+    def refuse(cls, others):
+        if "--depths" in others:
+            raise UsageError("--dataset_name takes the rows as they are; leave out --depths")
+
+    def check(self):
+        self.check_baselines()
+        check_rows(self.dataset_name)
+        if self.dataset_split in GENERATED:
+            raise UsageError(
+                f"--dataset_split {self.dataset_split} is a task, and rows of your own are not scored as one; give --task "
+                f"{self.dataset_split} --lengths {self.dataset_config or '4k'} instead"
+            )
+        super().check()
+        check_known("scoring", self.scoring, RULES)
+
+    def cells(self, segment_length: int) -> list[Cell]:
+        """One, of no set length."""
+        return [Cell("dataset", None)]
+
+
+@dataclass(kw_only=True)
+class PerplexitySettings(EvaluationSettings, PerplexityTaskFlags, LengthFlags, FewBaselineFlags, OutputFlags):
+    """Perplexity by context length."""
+
+    place_name: ClassVar[str] = "perplexity"
+    function: ClassVar[str] = "lrmt.evaluation.perplexity:run_perplexity"
+    measures_perplexity: ClassVar[bool] = True
+    description: ClassVar[str] = """\
+Perplexity by context length, of the model, the same memory untrained, and the backbone, on the same tokens: the last half
+segment before a drawn place of --text_path, after 1, 2, 4, … segments that end there. Split test is all of the text,
+validation the last tenth, which training on it leaves out.
+
+Writes perplexity.json (model, task, length_tokens, segments, perplexity, nll, nll_stderr, n), perplexity.png and
+settings.json.
+"""
+    examples: ClassVar[str] = """\
+example:
+  lrmt evaluate --adapter_path runs/books --task perplexity --text_path books --split validation --lengths 1 2 4 8
+"""
+
+    @classmethod
+    def refuse(cls, others):
+        if others := [name for name in others if name in ("--dataset_name", *GENERATED)]:
+            raise UsageError(
+                f"--task perplexity stands alone; got {' '.join(others)} too. Give it a command of its own"
+            )
+
+    def check(self):
+        for name in self.baseline:
+            check_known("baseline", name, BASELINES)
+        if others := [name for name in self.baseline if name not in DEFAULT_BASELINES]:
+            raise UsageError(f"--task perplexity has no --baseline {' '.join(others)}; leave it out")
+        if "perplexity" not in self.task:
+            got = f"--task {' '.join(self.task)}" if self.task else "no --task"
+            raise UsageError(
+                f"--text_path is of --task perplexity; got {got}. Leave --text_path out, or name that task"
+            )
+        self.refuse([name for name in self.task if name != "perplexity"])
+        if not self.text_path:
+            raise UsageError(
+                "--task perplexity needs --text_path; got none. Name a folder of .txt files, a .txt or .jsonl file or a Hub id"
+            )
+        for length in self.lengths:
+            if parse_segments(length) == 0:
+                raise UsageError(f"--lengths must be at least one segment for perplexity; got {length!r}")
+        super().check()
+
+    def cells(self, segment_length: int) -> list[Cell]:
+        """The lengths without repeats, shorter ones first."""
+        names = dict(name_length(text, segment_length) for text in self.lengths or PERPLEXITY_LENGTHS)
+        return [Cell("perplexity", n // segment_length, None, names[n], n) for n in sorted(names)]
+
+
+@dataclass(kw_only=True)
+class HarnessSettings(EvaluationSettings, HarnessTaskFlags, LengthFlags, OutputFlags):
+    """Tasks of lm-evaluation-harness."""
+
+    place_name: ClassVar[str] = "harness"
+    function: ClassVar[str] = "lrmt.evaluation.harness.run:run_harness"
+    description: ClassVar[str] = """\
+Runs tasks of lm-evaluation-harness (extra harness) on the model, texts uncut, in one process. Writes results.json (as
+lrmt evaluate does, of tasks whose answers are right or wrong), predictions.jsonl and harness.json, the harness' own figures.
+"""
+    examples: ClassVar[str] = """\
+example:
+  lrmt evaluate --adapter_path runs/qa1 --harness babilong_qa1 --lengths 0k 4k --harness_data data/babilong
+"""
+
+    @classmethod
+    def refuse(cls, others):
+        if others:
+            cls._refuse(f"{', '.join(others)} too")
+
+    @classmethod
+    def _refuse(cls, got: str):
+        own = [f.name for f in fields(cls) if "help" in f.metadata and not f.name.startswith("harness")]
+        raise UsageError(
+            f"--harness NAME… stands alone, with --harness_data, --harness_prompt and {', '.join(own)}; got {got}"
+        )
+
+    def check(self):
+        if not self.harness:
+            self._refuse("--harness_data or --harness_prompt alone")
+        super().check()
+
+    def options(self) -> dict:
+        """What `run_harness` takes."""
+        loading = {"load_in_4bit": self.load_in_4bit, "model_name_or_path": self.model_name_or_path} | self.reading
+        return {
+            "adapter_path": self.adapter_path,
+            "tasks": self.harness,
+            "max_seq_lengths": self.lengths,
+            "num_samples": self.num_samples,
+            "batch_size": self.batch_size,
+            "data_dir": self.harness_data,
+            "prompt": self.harness_prompt,
+            "output_dir": str(self.folder),
+            "overwrite": self.overwrite,
+            "seed": self.seed,
+            **{name: value for name, value in loading.items() if value is not None},
+        }
+
+
+#: what a mode does not offer stands at its default
+for _name, _default in EvaluationSettings.defaults().items():
+    if not hasattr(EvaluationSettings, _name):
+        setattr(EvaluationSettings, _name, _default)
+
+
+def name_length(text: str, segment_length: int) -> tuple[int, str]:
+    """Tokens of a length in whole segments, and its name."""
+    tokens = parse_segments(text, segment_length) * segment_length
+    return tokens, str(tokens) if text.isdigit() else spell_length(text)

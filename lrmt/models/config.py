@@ -8,11 +8,6 @@ from typing import ClassVar, NamedTuple
 from transformers import AutoConfig, PreTrainedConfig
 
 
-def setting(default, help: str):
-    """A field of a config that is a flag too."""
-    return dataclasses.field(default=default, metadata={"help": help})
-
-
 class LongContextConfig(PreTrainedConfig):
     """What every method's config has: the backbone's config and where the backbone came from.
 
@@ -25,6 +20,8 @@ class LongContextConfig(PreTrainedConfig):
     sub_configs: ClassVar[dict] = {"backbone_config": AutoConfig}
     #: fields that say how a trained model reads, and may be changed when it is opened
     reading_settings: ClassVar[tuple[str, ...]] = ()
+    #: those of them that say where things are kept, and change no answer
+    placement_settings: ClassVar[tuple[str, ...]] = ()
     #: tokens by which training texts should differ in length, so that their ends meet every place of an attention block
     length_slack = 0
 

@@ -16,8 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel
 
 from lrmt.errors import UsageError
+from lrmt.flags import flag
 from lrmt.models.base import LongContextModel, Text
-from lrmt.models.config import Activations, LongContextConfig, setting
+from lrmt.models.config import Activations, LongContextConfig
 from lrmt.models.segments import Grid, Segment, pad_left
 from lrmt.models.state import State
 
@@ -28,15 +29,15 @@ Memory = Any
 class RecurrentConfig(LongContextConfig):
     """What every recurrent method has. Noise on the memory: noisy RNNs, Lim et al. 2021, 2102.04877."""
 
-    segment_length: int = setting(1024, "Tokens per segment L.")
-    bptt_segments: int | None = setting(None, "Gradients of a segment's loss reach this many segments; default: all.")
-    segment_alignment: Literal["left", "right"] = setting(
+    segment_length: int = flag(1024, "Tokens per segment L.")
+    bptt_segments: int | None = flag(None, "Gradients of a segment's loss reach this many segments; default: all.")
+    segment_alignment: Literal["left", "right"] = flag(
         "left", "left: the last segment is the short one; right: the first."
     )
-    checkpoint_segments: bool = setting(
+    checkpoint_segments: bool = flag(
         True, "Recompute segments in the backward pass: memory does not grow with their number."
     )
-    memory_noise: float = setting(
+    memory_noise: float = flag(
         0.0,
         "Noise on the memory in training, as a share of its size, so that it does not drift over longer texts; grows from none "
         "in the first stage to this in the last.",

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lrmt.errors import UsageError
-from lrmt.models.config import Activations, setting
+from lrmt.flags import flag
+from lrmt.models.config import Activations
 from lrmt.models.recurrent import RecurrentConfig, RecurrentModel, SegmentOutput
 
 
@@ -16,7 +17,7 @@ class RmtConfig(RecurrentConfig):
 
     model_type = "rmt"
 
-    num_memory_tokens: int = setting(16, "Memory tokens m that carry the past.")
+    num_memory_tokens: int = flag(16, "Memory tokens m that carry the past.")
 
     def __post_init__(self, **kwargs):
         m, length = self.num_memory_tokens, self.segment_length

@@ -6,35 +6,26 @@ makes the whole of it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 
 from lrmt.errors import UsageError, suggest
+from lrmt.flags import flag
 from lrmt.tasks.names import PASSKEY_WORDINGS, QUESTION_POSITIONS
 
 
-def option(default, help: str):
-    """A dataclass field that is a flag too."""
-    return field(default=default, metadata={"help": help})
-
-
-def required(help: str):
-    """One that must be given."""
-    return field(metadata={"help": help})
-
-
-def check_choice(flag: str, value: str, known) -> None:
+def check_choice(name: str, value: str, known) -> None:
     """Raises UsageError for a value that is none of the `known`."""
     if value not in known:
-        raise UsageError(f"--{flag} must be one of {', '.join(known)}; got {value!r}{suggest(str(value), known)}")
+        raise UsageError(f"--{name} must be one of {', '.join(known)}; got {value!r}{suggest(str(value), known)}")
 
 
-def check_share(flag: str, value: float | None, what: str = "") -> None:
+def check_share(name: str, value: float | None, what: str = "") -> None:
     """Raises UsageError for a value that is no share, 0 to 1; None is none asked for."""
     if value is not None and not 0 <= value <= 1:
-        raise UsageError(f"--{flag} must lie in [0, 1]{what}; got {value}")
+        raise UsageError(f"--{name} must lie in [0, 1]{what}; got {value}")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Options:
     """Values that are checked when they are made: every class's own `check`, those that it inherits first."""
 
@@ -44,17 +35,17 @@ class Options:
                 group.check(self)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class StoryOptions(Options):
     """bAbI's stories."""
 
-    babi_dir: str | None = option(
+    babi_dir: str | None = flag(
         None, "Folder of official bAbI files (qa1_train.txt, qa1_test.txt, …); without it stories are simulated."
     )
-    babi_vocabulary: str | None = option(
+    babi_vocabulary: str | None = flag(
         None, "YAML or JSON file of other people, rooms, objects, … for simulated stories."
     )
-    max_n_facts: int | None = option(None, "Leave out bAbI stories with more facts than this.")
+    max_n_facts: int | None = flag(None, "Leave out bAbI stories with more facts than this.")
 
     def check(self):
         if self.max_n_facts is not None and self.max_n_facts < 1:
@@ -66,16 +57,16 @@ class StoryOptions(Options):
             )
 
 
-@dataclass
+@dataclass(kw_only=True)
 class BackgroundOptions(Options):
     """The text that hides the facts."""
 
-    background_dir: str | None = option(
+    background_dir: str | None = flag(
         None,
         "Books that hide the facts: a folder of .txt, a .txt or .jsonl file; other ones for evaluation than for training. "
         "Default: built-in prose.",
     )
-    background_dataset: str | None = option(
+    background_dataset: str | None = flag(
         None,
         "Books from a data set with column text instead: a Hub id, streamed, or a path; of its split of the same name, or of a "
         "tenth of train, which training leaves out.",
@@ -89,30 +80,30 @@ class BackgroundOptions(Options):
             )
 
 
-@dataclass
+@dataclass(kw_only=True)
 class RepeatOptions(Options):
     """Books that are shorter than a text. Training begins them again."""
 
-    repeat_background: bool = option(False, "Begin again where the books end before a text is full.")
+    repeat_background: bool = flag(False, "Begin again where the books end before a text is full.")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class QuestionOptions(Options):
     """Where the question stands."""
 
-    question_position: str = option("last", "Where the question stands: last, first or both.")
+    question_position: str = flag("last", "Where the question stands: last, first or both.")
 
     def check(self):
         check_choice("question_position", self.question_position, QUESTION_POSITIONS)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class SpanOptions(Options):
     """Where the facts lie."""
 
-    task_start_pct: float = option(0.0, "Facts lie after this share (0..1) of the background.")
-    task_end_pct: float = option(1.0, "Facts lie before this share (0..1) of the background.")
-    depth: float | None = option(None, "Share (0..1) of the background before the first fact; default: any.")
+    task_start_pct: float = flag(0.0, "Facts lie after this share (0..1) of the background.")
+    task_end_pct: float = flag(1.0, "Facts lie before this share (0..1) of the background.")
+    depth: float | None = flag(None, "Share (0..1) of the background before the first fact; default: any.")
 
     def check(self):
         start, end = self.task_start_pct, self.task_end_pct
@@ -128,11 +119,11 @@ class SpanOptions(Options):
             )
 
 
-@dataclass
+@dataclass(kw_only=True)
 class EarlyOptions(Options):
     """Where the facts of training texts lie."""
 
-    early_facts_share: float = option(
+    early_facts_share: float = flag(
         0.0, "Share (0..1) of training texts with all facts before the last segment: only memory finds them."
     )
 
@@ -140,12 +131,12 @@ class EarlyOptions(Options):
         check_share("early_facts_share", self.early_facts_share)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class PasskeyOptions(Options):
     """The pass key."""
 
-    num_digits: int = option(5, "Digits of a pass key, but for --passkey_wording landmark.")
-    passkey_wording: str = option(
+    num_digits: int = flag(5, "Digits of a pass key, but for --passkey_wording landmark.")
+    passkey_wording: str = flag(
         "plain", "Wording of the pass key task: plain, landmark (numbers 1 to 50000), longlora or infinitebench."
     )
 
@@ -155,33 +146,31 @@ class PasskeyOptions(Options):
         check_choice("passkey_wording", self.passkey_wording, PASSKEY_WORDINGS)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class RowOptions(Options):
     """Stored rows."""
 
-    dataset_name: str | None = option(
+    dataset_name: str | None = flag(
         None,
         "Stored rows with columns input, question, target: a .jsonl or .parquet file, a folder such as lrmt data build writes, "
         "or a Hub id.",
     )
-    dataset_config: str | None = option(None, "Configuration of --dataset_name.")
-    dataset_split: str | None = option(
-        None, "Split of --dataset_name; default: test for evaluation, train for training."
-    )
+    dataset_config: str | None = flag(None, "Configuration of --dataset_name.")
+    dataset_split: str | None = flag(None, "Split of --dataset_name; default: test for evaluation, train for training.")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class TextOptions(Options):
     """Plain text."""
 
-    text_path: str | None = option(
+    text_path: str | None = flag(
         None,
         "Any text: a folder of .txt files, a .txt file, a .jsonl file with column text, or a Hub id; training leaves out its "
         "last tenth, which is validation.",
     )
 
 
-@dataclass
+@dataclass(kw_only=True)
 class TaskOptions(
     StoryOptions,
     BackgroundOptions,

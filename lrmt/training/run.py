@@ -36,7 +36,7 @@ from lrmt.unsupported import TRAINING
 
 def train(
     model_class: type[LongContextModel],
-    method_args,
+    settings: dict,
     model_args: ModelArguments,
     task_args: TaskArguments,
     curriculum_args: CurriculumArguments,
@@ -45,7 +45,7 @@ def train(
     """Trains a memory adapter through its curriculum and saves it to `output_dir`.
 
     Args:
-        model_class: the memory method. method_args: its config's fields, a dict or a dataclass.
+        model_class: the memory method. settings: fields of its config class.
 
     Returns:
         The trainer, or None after `--dry_run`.
@@ -53,7 +53,6 @@ def train(
     Raises:
         UsageError: bad input, found before anything is written.
     """
-    settings = method_args if isinstance(method_args, dict) else as_dict(method_args)
     curriculum = _build_curriculum(curriculum_args, training_args.seed)
     quiet_bars()
     _check_precision(model_args, training_args)
@@ -210,7 +209,7 @@ def _build_task(task_args: TaskArguments, tokenizer, split: str, segment_length:
     return build_task(
         task_args.task,
         tokenizer,
-        TaskOptions.of(task_args, dataset_split=task_args.dataset_train_split),
+        TaskOptions.of(task_args),
         split=split,
         seed=training_args.seed,
         segment_length=segment_length,

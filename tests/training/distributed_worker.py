@@ -11,38 +11,17 @@ import torch
 from bitsandbytes.nn import Linear4bit
 
 from lrmt.adapters.backbone import keep_4bit_trainable
-from lrmt.arguments import (
-    CurriculumArguments,
-    LandmarkArguments,
-    ModelArguments,
-    RmtArguments,
-    TaskArguments,
-    TrainingArguments,
-    parse_arguments,
-)
 from lrmt.errors import TrainingFault
-from lrmt.models import LandmarkForCausalLM, RmtForCausalLM
 from lrmt.training import trainer as trainer_module
+from lrmt.training.recipe import parse_recipe
 from lrmt.training.run import train
 
 CONFIGS = Path(__file__).parents[2] / "recipes" / "configs"
-METHODS = {"rmt": (RmtArguments, RmtForCausalLM), "landmark": (LandmarkArguments, LandmarkForCausalLM)}
 METHOD = os.environ.get("METHOD", "rmt")
 
 
 def train_with(flags: list[str] | None):
-    arguments, model_class = METHODS[METHOD]
-    model, task, method, curriculum, training = parse_arguments(
-        ModelArguments,
-        TaskArguments,
-        arguments,
-        CurriculumArguments,
-        TrainingArguments,
-        default_config=CONFIGS / f"{METHOD}_tiny_llama.yaml",
-        description="a test",
-        args=flags,
-    )
-    return train(model_class, method, model, task, curriculum, training)
+    return train(*parse_recipe(METHOD, default_config=CONFIGS / f"{METHOD}_tiny_llama.yaml", args=flags))
 
 
 def describe_parameters(model) -> dict[str, dict]:

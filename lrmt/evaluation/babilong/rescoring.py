@@ -1,12 +1,39 @@
 """`lrmt score`: public predictions, scored again under every rule."""
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 from lrmt.evaluation.babilong.predictions import Predictions, describe_variant, find_predictions, read_predictions
 from lrmt.evaluation.metrics import score
 from lrmt.evaluation.results import align, build_record, check_output
 from lrmt.files import to_json, write_files
+from lrmt.flags import flag
 from lrmt.lengths import format_tokens
 
 RULES = ("official", "strict", "contains")
+
+
+@dataclass(kw_only=True)
+class ScoreSettings:
+    """What `lrmt score` is asked to do."""
+
+    title: ClassVar[str] = "flags"
+    description: ClassVar[str] = """\
+Scores public predictions again: a folder of <org>/<model>/<task>_<length>_instruction_….csv with the columns (index),
+target, output, question, as BABILong's leaderboard takes them. Prints accuracy by task and length for each model,
+prompt and rule: official (BABILong's), strict (whole words) and contains (lm-evaluation-harness's).
+
+With --output_dir, writes scores.json (the records of results.json, with rule and variant) and heatmap_<rule>.png.
+"""
+    examples: ClassVar[str] = """\
+examples:
+  lrmt score babilong_evals
+  lrmt score babilong_evals/microsoft --output_dir runs/scores
+"""
+
+    folder: str = flag(help="Predictions, at any depth.", metavar="FOLDER", positional=True)
+    output_dir: str | None = flag(None, "Default: nothing is written.", "DIR")
+    overwrite: bool = flag(False, "Replace the files of an earlier run in --output_dir.")
 
 
 def score_folder(folder, output_dir=None, overwrite: bool = False) -> list[dict]:

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lrmt.errors import UsageError
+from lrmt.flags import flag
 from lrmt.models import scoring
 from lrmt.models.base import LongContextModel, Span, Text
-from lrmt.models.config import Activations, LongContextConfig, setting
+from lrmt.models.config import Activations, LongContextConfig
 from lrmt.models.landmark.attention import landmark_attention
 from lrmt.models.landmark.cache import Blocks, Chunk
 from lrmt.models.landmark.hooks import check_backbone, switch_sliding_window_off
@@ -28,21 +29,20 @@ class LandmarkConfig(LongContextConfig):
 
     model_type = "landmark"
     reading_settings: ClassVar[tuple[str, ...]] = ("top_k", "retrieval", "offload_blocks")
+    placement_settings: ClassVar[tuple[str, ...]] = ("offload_blocks",)
 
-    block_length: int = setting(64, "Positions per block K: K-1 tokens and their landmark.")
-    context_length: int = setting(2048, "Tokens per training text, the unit of --curriculum_stages; bounds positions.")
-    top_k: int = setting(4, "Blocks that a token reads beside what is near, at inference.")
-    train_top_k: int | None = setting(
-        None, "As many in training too, as longer texts will have it; default: all blocks."
-    )
-    landmark_embedding: Literal["trained", "frozen_mean"] = setting(
+    block_length: int = flag(64, "Positions per block K: K-1 tokens and their landmark.")
+    context_length: int = flag(2048, "Tokens per training text, the unit of --curriculum_stages; bounds positions.")
+    top_k: int = flag(4, "Blocks that a token reads beside what is near, at inference.")
+    train_top_k: int | None = flag(None, "As many in training too, as longer texts will have it; default: all blocks.")
+    landmark_embedding: Literal["trained", "frozen_mean"] = flag(
         "trained", "trained, or frozen_mean: the mean of the token embeddings."
     )
-    retrieval: Literal["token", "chunk"] = setting(
+    retrieval: Literal["token", "chunk"] = flag(
         "token", "token: each head and token chooses blocks; chunk: each head for a chunk."
     )
-    offload_blocks: bool = setting(False, "Keep blocks in CPU memory at inference; landmark keys stay on the GPU.")
-    implementation: Literal["auto", "sdpa", "flex", "naive"] = setting(
+    offload_blocks: bool = flag(False, "Keep blocks in CPU memory at inference; landmark keys stay on the GPU.")
+    implementation: Literal["auto", "sdpa", "flex", "naive"] = flag(
         "auto", "Of landmark attention in training: auto, sdpa, flex or naive."
     )
 

@@ -1,0 +1,61 @@
+"""What `lrmt inspect` is asked to do."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import ClassVar
+
+from lrmt.errors import UsageError
+from lrmt.evaluation.groups import OutputFlags, check_least
+from lrmt.evaluation.opening import OpeningSettings
+from lrmt.files import read_text
+from lrmt.flags import flag
+
+
+@dataclass(kw_only=True)
+class InspectionSettings(OpeningSettings, OutputFlags):
+    """Settings of one inspection; raises UsageError, one line, for whatever cannot work."""
+
+    title: ClassVar[str] = "text"
+    description: ClassVar[str] = """\
+Reads a text with a landmark adapter, answers, and tells which blocks of the text each answer token read beyond what is
+always near: the passages, and their share of the attention, averaged over layers and heads.
+
+Writes retrieval.json (one record for each answer token, layer and block: share of the attention in 0..1, averaged over
+heads; start_token, where the block's passage begins) and retrieval.png (layers by blocks, averaged over answer tokens).
+"""
+    examples: ClassVar[str] = """\
+examples:
+  lrmt inspect --adapter_path runs/landmark --input book.txt --question "What is the pass key? The pass key is"
+  lrmt inspect --adapter_path runs/landmark --input book.txt --max_new_tokens 4 --top 3 --output_dir reading
+"""
+
+    input: str = flag(help="Text to read, UTF-8.", metavar="FILE")
+    question: str | None = flag(None, "Asked after the text (default: none, the text goes on).", "TEXT")
+    max_new_tokens: int = flag(16, "Longest answer.", "N")
+    top: int = flag(5, "Blocks shown, the best.", "N")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UsageError(f"--output_dir must be a folder; {self.folder} is a file")
+        if not self.overwrite and self.folder.is_dir() and any(self.folder.iterdir()):
+            raise UsageError(f"--output_dir {self.folder} is not empty; name another, or give --overwrite")
+
+    def check(self):
+        for name in ("max_new_tokens", "top"):
+            check_least(self, name, 1)
+        if not self.text.strip():
+            raise UsageError(f"--input {self.input} is empty; name a text file")
+        if self.question is not None and not self.question.strip():
+            raise UsageError("--question is empty; leave it out to let the text go on")
+
+    @cached_property
+    def text(self) -> str:
+        """What is to be read."""
+        return read_text(self.input, "--input")
+
+    @property
+    def folder(self) -> Path:
+        """Where retrieval.json and retrieval.png go."""
+        return self.place(self.output_dir, "inspection")
