@@ -80,6 +80,8 @@ assert not {{"transformers", "datasets", "tqdm", "torch"}} & (set(sys.modules) -
 import datasets.utils, huggingface_hub.utils, transformers.utils.logging
 assert not transformers.utils.logging.is_progress_bar_enabled()
 assert huggingface_hub.utils.are_progress_bars_disabled() and datasets.utils.are_progress_bars_disabled()
+from tqdm import tqdm
+assert {first} or tqdm(range(3)).disable  # those of libraries that have no switch
 """
 
 

@@ -39,7 +39,7 @@ def find_adapter(path_or_hub_id: str | os.PathLike, flag: str = "--adapter_path"
         missing = [name for name in ADAPTER_FILES if not (path / name).is_file()]
         if "config.json" in missing:
             raise UsageError(
-                f"{flag} {path_or_hub_id} has no config.json, so it is no lrmt model: not a whole adapter, "
+                f"{flag} {path_or_hub_id} has no config.json, so it is no adapter that training wrote: not a whole adapter, "
                 f"{' and '.join(missing)} missing (it holds: {listing(path)})"
             )
         if len(missing) == 1:  # with both missing it is a merged checkpoint
