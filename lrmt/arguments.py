@@ -178,7 +178,7 @@ class TrainingArguments(HfTrainingArguments):
             "gradient_accumulation_steps",
             "eval_steps",
         )
-        _check_seeds(self, "seed", "data_seed")
+        _check_seeds(self, "seed")
         # transformers refuses bf16 without a GPU unless told that the CPU is meant, and DeepSpeed looks for a GPU by itself
         told = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
         self.use_cpu = self.use_cpu or told or not torch.accelerator.is_available()

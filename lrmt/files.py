@@ -63,7 +63,7 @@ def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
 def filling(folder: str | os.PathLike, last: str | None = None) -> Iterator[Path]:
     """A temporary folder, whose files are moved into `folder` at the end, the one named `last` after all others.
 
-    After an error `folder` is as it was.
+    After an error while they are written `folder` is as it was.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -73,6 +73,8 @@ def filling(folder: str | os.PathLike, last: str | None = None) -> Iterator[Path
         yield temporary
         folder.mkdir(exist_ok=True)
         for path in sorted(temporary.iterdir(), key=lambda path: path.name == last):
+            if (folder / path.name).is_dir() and path.is_dir():  # which no rename replaces
+                shutil.rmtree(folder / path.name)
             os.replace(path, folder / path.name)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

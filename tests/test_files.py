@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lrmt.errors import UsageError
-from lrmt.files import read_text
+from lrmt.files import filling, read_text
 
 ROOT = Path(__file__).parents[1]
 TEXT = "Łódź, 厨房, cafe\u0301"
@@ -56,7 +56,7 @@ def test_what_cannot_be_read_is_one_line(tmp_path):
 
 def test_the_locale_does_not_matter(tmp_path):
     (tmp_path / "a.txt").write_text(TEXT, encoding="utf-8")
-    code = f"from lrmt.files import read_text; print(ascii(read_text({str(tmp_path / 'a.txt')!r}, '--input')))"
+    code = f"from lrmt.files import filling, read_text; print(ascii(read_text({str(tmp_path / 'a.txt')!r}, '--input')))"
     env = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": ":".join(filter(None, sys.path))}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert done.stdout == f"{ascii(TEXT)}\n", done.stderr
@@ -71,3 +71,14 @@ def test_every_text_file_is_opened_as_utf8():
                 named = {word.arg for word in node.keywords}
                 ours = getattr(node.func, "id", "") == "read_text"
                 assert ours or "encoding" in named, f"{path}:{node.lineno}"
+
+
+def test_a_folder_inside_is_replaced_with_what_it_holds(tmp_path):
+    """Tokenizers keep further chat templates in a folder of their own."""
+    for text in ("first", "second"):
+        with filling(tmp_path / "out", last="config.json") as temporary:
+            (temporary / "templates").mkdir()
+            (temporary / "templates" / f"{text}.jinja").write_text(text)
+            (temporary / "config.json").write_text(text)
+    assert [path.name for path in (tmp_path / "out" / "templates").iterdir()] == ["second.jinja"]
+    assert (tmp_path / "out" / "config.json").read_text() == "second"

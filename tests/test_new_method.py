@@ -51,6 +51,9 @@ class MeanForCausalLM(RecurrentModel):
         mask = torch.ones_like(output.tokens[..., 0]) if output.mask is None else output.mask.to(output.tokens)
         return (output.tokens * mask[..., None]).sum(1, keepdim=True) / mask.sum(1)[:, None, None].clamp(min=1)
 
+    def log_values(self):
+        return super().log_values() | {"gain_now": self.config.gain}
+
     def go_on(self, text):
         hidden, state = super().go_on(text)
         if self._steps is not None:  # the memory is that of the segment before
@@ -125,6 +128,13 @@ def test_flags_and_plan(recipe, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         recipe("--segment_length", "254", "--output_dir", tmp_path / "out")
     assert stop.value.code == 2 and "window of 256" in capsys.readouterr().err
+
+
+def test_its_values_stand_in_the_log(recipe, tmp_path, capfd):
+    recipe(
+        "--curriculum_stages", "1", "--stage_max_steps", "5", "--save_strategy", "no", "--output_dir", tmp_path / "out"
+    )
+    assert "gain_now 1" in "".join(capfd.readouterr())
 
 
 def test_training_and_resuming(run):

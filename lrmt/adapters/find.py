@@ -14,6 +14,7 @@ from lrmt.files import listing
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "config.json")
 FLAG = "`--model_name_or_path`"
+HUB_FILES = ("*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja", "*.md")  # of a repository
 POINTER = b"version https://git-lfs"
 
 
@@ -92,7 +93,7 @@ def _download(hub_id: str, flag: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "tokenizer*", "*.md"]))
+        return Path(snapshot_download(hub_id, allow_patterns=list(HUB_FILES)))
     except Exception as error:
         raise UsageError(
             f"{flag} {hub_id} is no adapter: no such folder, and the Hub says: {one_line(error)}; name a folder that training "

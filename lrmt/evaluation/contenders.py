@@ -43,7 +43,7 @@ class Contender:
         return answer(self, prompts, tokenizer, max_new_tokens, device)
 
     def describe_prompt(self, task: str, question_position: str = "last") -> tuple[tuple[str, ...], dict[str, str]]:
-        """The parts of a prompt (submission.PROMPT_PARTS) that it gets, and their texts."""
+        """The parts of a prompt (predictions.PROMPT_PARTS) that it gets, and their texts."""
         template = {"template": self.template or TEMPLATES[question_position]}
         return (), prompt_parts(task, ()) | template | ({"shown": self.shown} if self.shown else {})
 
@@ -130,7 +130,7 @@ def build_backbone(bare: Bare) -> Contender:
         return row_losses(logits[:, -count - 1 : -1].flatten(0, 1), input_ids[:, -count:])
 
     def end_of_text(example, max_new_tokens):
-        room = length if positions is None else min(length, positions - max_new_tokens)
+        room = length if positions is None else max(1, min(length, positions - max_new_tokens))
         return example.prompt_ids[-room:]
 
     return Contender(

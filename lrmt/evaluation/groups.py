@@ -174,7 +174,7 @@ class BaselineFlags(FewBaselineFlags):
 
     @property
     def rag(self) -> dict:
-        """Settings of baseline rag, as `baselines.build_contenders` takes them."""
+        """Settings of baseline rag, as `contenders.build_contenders` takes them."""
         chunks = self.rag_chunks if self.rag_chunks == "sentences" else int(self.rag_chunks)
         return {"chunks": chunks, "top_k": self.rag_top_k, "order": self.rag_order, "model": self.rag_model}
 

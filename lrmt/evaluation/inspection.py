@@ -18,8 +18,9 @@ class InspectionSettings(OpeningSettings, OutputFlags):
 
     title: ClassVar[str] = "text"
     description: ClassVar[str] = """\
-Reads a text with a landmark adapter, answers, and tells which blocks of the text each answer token read beyond what is
-always near: the passages, and their share of the attention, averaged over layers and heads.
+Reads a text with an adapter whose method tells what it reads, as landmark attention does, answers, and tells which
+blocks of the text each answer token read beyond what is always near: the passages, and their share of the attention,
+averaged over layers and heads.
 
 Writes retrieval.json (one record for each answer token, layer and block: share of the attention in 0..1, averaged over
 heads; start_token, where the block's passage begins) and retrieval.png (layers by blocks, averaged over answer tokens).

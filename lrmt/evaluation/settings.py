@@ -247,8 +247,8 @@ example:
 
     @classmethod
     def refuse(cls, others):
-        if "--depths" in others:
-            raise UsageError("--dataset_name takes the rows as they are; leave out --depths")
+        if others:
+            raise UsageError(f"--dataset_name takes the rows as they are; leave out {', '.join(others)}")
 
     def check(self):
         check_rows(self.dataset_name)
@@ -285,7 +285,7 @@ example:
 
     @classmethod
     def refuse(cls, others):
-        if others := [name for name in others if name in ("--dataset_name", *GENERATED)]:
+        if others:
             raise UsageError(
                 f"--task perplexity stands alone; got {' '.join(others)} too. Give it a command of its own"
             )

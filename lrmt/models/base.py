@@ -79,8 +79,10 @@ class LongContextModel(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: LongContextConfig, backbone: PreTrainedModel | None = None):
         generation_logger.disabled = True  # transformers takes a `top_k` of ours for one of sampling, and warns
-        super().__init__(config)
-        generation_logger.disabled = False
+        try:
+            super().__init__(config)
+        finally:
+            generation_logger.disabled = False
         self._fingerprint: tuple = (None, None)
         self.backbone = AutoModelForCausalLM.from_config(config.backbone_config) if backbone is None else backbone
         if getattr(self.backbone, "generation_config", None) is not None:

@@ -14,7 +14,10 @@ class LongContextConfig(PreTrainedConfig):
     Args:
         backbone_config: config of the wrapped transformers decoder, a config object or its dict.
         backbone_name: Hub id, folder, or name of a shipped backbone; what `lrmt.load` opens under an adapter.
-        backbone_revision: Hub revision of it. backbone_quantization: "nf4" if the adapter was trained over 4-bit weights.
+        backbone_revision: Hub revision of it. backbone_quantization: "nf4" if the adapter was trained over 4-bit weights;
+            backbone_nested_quant: whether their constants are quantised too. backbone_fingerprint: of its shape and embeddings.
+
+    A method's config has `segment_length`, in tokens: the unit in which curricula and evaluations count.
     """
 
     sub_configs: ClassVar[dict] = {"backbone_config": AutoConfig}
@@ -29,6 +32,7 @@ class LongContextConfig(PreTrainedConfig):
     backbone_name: str | None = None
     backbone_revision: str | None = None
     backbone_quantization: str | None = None
+    backbone_nested_quant: bool = True
     backbone_fingerprint: str | None = None
 
     def __post_init__(self, **kwargs):

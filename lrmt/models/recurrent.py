@@ -129,7 +129,7 @@ class RecurrentState(State):
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], fingerprint: str, model: RecurrentModel) -> RecurrentState:
         tensors = {name: tensor.to(model.device) for name, tensor in tensors.items()}
-        with torch.no_grad():  # of the same shape as any memory of the model
+        with torch.no_grad():  # of the same structure as any memory of the model
             memory = tree_map_with_path(lambda path, _: tensors.pop(_name(path)), model.start(1))
         return cls(fingerprint=fingerprint, cache=None, memory=memory, **tensors)
 
@@ -191,7 +191,11 @@ class RecurrentModel(LongContextModel):
         """What stands after a segment's tokens, `[B, k, d]`, if anything."""
 
     def write(self, memory: Memory, output: SegmentOutput) -> Memory:
-        """The memory after a segment, of the same structure. Copies, not views, which would keep the whole segment alive."""
+        """The memory after a segment, of the same structure; tensors may grow. Copies, not views, which would keep the segment alive.
+
+        Of a row that has ended the memory stays as it was, with zeros where that of others has grown: a method whose memory grows
+        keeps count, row by row.
+        """
         raise NotImplementedError(f"{type(self).__name__} must say what a segment leaves: `write`")
 
     # ------------------------------------------------------------------ the recurrence
@@ -374,13 +378,14 @@ def _root_mean_square(memory: Memory) -> Tensor:
 
 
 def _choose(rows: list[bool], new: Memory, old: Memory) -> Memory:
-    """`new` for the rows marked, `old` for the others."""
+    """`new` for the rows marked, `old` for the others, with zeros where the new memory has grown."""
     if all(rows):
         return new
     if not any(rows):
         return old
 
     def choose(a: Tensor, b: Tensor) -> Tensor:
+        b = F.pad(b, [side for i in reversed(range(a.dim())) for side in (0, a.shape[i] - b.shape[i])])
         return torch.where(torch.tensor(rows, device=a.device).view(-1, *[1] * (a.dim() - 1)), a, b)
 
     return tree_map(choose, new, old)

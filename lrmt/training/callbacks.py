@@ -55,10 +55,11 @@ class ProgressCallback(TrainerCallback):
         self.bar.set_postfix_str(f"{speed:,.0f} tokens/s" + ("" if self.loss is None else f", loss {self.loss:.3f}"))
         self.bar.update(1)
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(self, args, state, control, logs=None, model=None, **kwargs):
         self.loss = (logs or {}).get("loss", self.loss)
         if state.is_world_process_zero and logs:
-            keys = ("loss", "eval_loss", "eval_accuracy", "eval_segments", "learning_rate", "memory_norm")
+            of_the_method = () if model is None else model.get_base_model().log_values()
+            keys = ("loss", "eval_loss", "eval_accuracy", "eval_segments", "learning_rate", *of_the_method)
             shown = [f"{key} {logs[key]:.4g}" for key in keys if key in logs]
             if shown:
                 write = print if self.bar is None else self.bar.write  # above the bar

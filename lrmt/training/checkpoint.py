@@ -16,6 +16,8 @@ from lrmt.training.curriculum import Curriculum
 
 #: written last into a checkpoint: one without it was cut off while being written
 POSITION_FILE = "curriculum.json"
+#: what checkpoints of before do not tell
+JOINED_LATER = ("lora_dropout", "use_rslora", "use_dora")
 
 
 def find_checkpoint(output_dir: str | os.PathLike, wanted: str | bool | None) -> str | None:
@@ -90,7 +92,7 @@ def check_resumable(checkpoint: str, model: PeftModel, curriculum: Curriculum, i
             f"`--model_name_or_path` {mine.backbone_name}; name that one"
         )
     for name, value in identity.items():
-        before = position["identity"].get(name)
+        before = position["identity"].get(name, value if name in JOINED_LATER else None)
         if before != value:
             raise UsageError(
                 f"`--resume_from_checkpoint` {checkpoint}: trained with {name} {before}; got `--{name}` {value}"

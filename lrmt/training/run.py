@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-import tempfile
 import warnings
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from lrmt.adapters.backbone import load_tokenizer
 from lrmt.arguments import CurriculumArguments, ModelArguments, TaskArguments, TrainingArguments, as_dict
 from lrmt.errors import UsageError, one_line
-from lrmt.files import told_as, write_files
+from lrmt.files import check_writable, write_files
 from lrmt.models.base import LongContextConfig, LongContextModel
 from lrmt.progress import quiet_bars
 from lrmt.tasks.options import TaskOptions
@@ -141,9 +140,7 @@ def _check_output_dir(training_args: TrainingArguments, checkpoint: str | None) 
             f"`--output_dir` {path} is not empty; name another, go on with `--resume_from_checkpoint true`, or replace what "
             "is there with `--overwrite_output_dir`"
         )
-    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-    with told_as("`--output_dir`", path), tempfile.TemporaryDirectory(dir=there, prefix=".lrmt."):
-        pass
+    check_writable(path, "`--output_dir`")
     return goes_on
 
 
@@ -245,7 +242,8 @@ def _identity(
     config: LongContextConfig, model_args: ModelArguments, task_args: TaskArguments, training: TrainingArguments
 ) -> dict:
     """What makes the batches and the weights of a run: a resumed one must have the same."""
-    lora = {name: getattr(model_args, name) for name in ("use_peft", "lora_r", "lora_alpha", "lora_target_modules")}
+    kinds = ("use_peft", "lora_r", "lora_alpha", "lora_target_modules", "lora_dropout", "use_rslora", "use_dora")
+    lora = {name: getattr(model_args, name) for name in kinds}
     task = as_dict(task_args)
     for name in (
         "babi_dir",

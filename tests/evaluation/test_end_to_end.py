@@ -148,7 +148,8 @@ def test_own_rows(adapter, tmp_path):
 def test_bad_input_is_one_line_and_writes_nothing(adapter, books, tmp_path, capsys, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_text('{"input": "a", "question": "b"}\n')
-    assert evaluate(adapter, flags, "--background_dir", books) == 2
+    background = [] if "--dataset_name" in flags else ["--background_dir", books]  # which own rows have no use for
+    assert evaluate(adapter, flags, *background) == 2
     error = capsys.readouterr().err
     assert error.startswith("lrmt: error: ")
     assert error.count("\n") == 1

@@ -45,9 +45,42 @@ class TreeForCausalLM(RecurrentModel):
         return {"mean": mean, "counts": [memory["counts"][0] + 1]}
 
 
+class PastConfig(RecurrentConfig):
+    model_type = "past-of-the-tests"
+
+
+class PastForCausalLM(RecurrentModel):
+    """Memory that grows: the mean of each segment so far, and how many there are."""
+
+    config_class = PastConfig
+    memory_modules = ["first"]
+
+    def __init__(self, config, backbone=None):
+        super().__init__(config, backbone)
+        self.first = self.make_embedding(1, lambda weight, embeddings: weight.copy_(embeddings.mean(0, keepdim=True)))
+        self.finish()
+
+    def start(self, batch_size):
+        zeros = torch.zeros(batch_size, 1, dtype=torch.long, device=self.device)
+        return self.first(zeros), torch.ones(batch_size, dtype=torch.long, device=self.device)
+
+    def prefix(self, memory):
+        past, count = memory
+        return past.sum(1, keepdim=True) / count[:, None, None]
+
+    def write(self, memory, output):
+        past, count = memory
+        real = output.tokens.new_ones(output.tokens.shape[:2]) if output.mask is None else output.mask
+        real = real[..., None].to(output.tokens)
+        mean = (output.tokens * real).sum(1, keepdim=True) / real.sum(1, keepdim=True).clamp(min=1)
+        grown = torch.cat([past, torch.zeros_like(mean)], dim=1)
+        return grown.scatter(1, count[:, None, None].expand_as(mean), mean), count + 1
+
+
 METHODS = {
     "rmt": (RmtForCausalLM, LlamaConfig(**SHAPE), {"num_memory_tokens": 3, "segment_length": 12}),
     "rmt-window": (RmtForCausalLM, MistralConfig(**SHAPE, sliding_window=7), {"num_memory_tokens": 3, "segment_length": 12}),
+    "past": (PastForCausalLM, LlamaConfig(**SHAPE), {"segment_length": 12}),
     "tree": (TreeForCausalLM, LlamaConfig(**SHAPE), {"segment_length": 12}),
     "landmark": (LandmarkForCausalLM, LlamaConfig(**SHAPE), {"block_length": 5, "top_k": 60, "context_length": 264}),
 }  # fmt: skip
@@ -123,6 +156,35 @@ def test_a_state_of_less_than_a_block_grows_for_several_rows_and_is_saved(name, 
     whole = torch.cat([document.expand(3, -1), more, question], 1)
     for each in (state, loaded):
         close(model(question, state=each).logits, model(whole).logits[:, -4:])
+
+
+@every_method
+@torch.no_grad()
+def test_rows_of_different_lengths_equal_each_alone(name):
+    """Rows that have ended beside rows that go on, scored, read and generated from."""
+    model, lengths, question = build(name), (50, 3, 26, 14), ids(4, 3, seed=4)
+    text = ids(4, 50)
+    mask = torch.stack([torch.arange(50) < n for n in lengths]).long()
+    out, state = model(text, attention_mask=mask).logits, model.read(text, attention_mask=mask)
+    after = model(question, state=state).logits
+    generated = model.generate(question, state=state, max_new_tokens=15, do_sample=False)
+    for i, n in enumerate(lengths):
+        alone = text[i : i + 1, :n]
+        close(out[i, :n], model(alone).logits[0])
+        whole = torch.cat([alone, question[i : i + 1]], 1)
+        close(after[i], model(whole).logits[0, -3:])
+        want = model.generate(whole, max_new_tokens=15, do_sample=False)[0, n:]
+        assert generated[i].tolist() == want.tolist()
+
+
+@every_method
+@torch.no_grad()
+def test_generating_needs_no_evaluation_mode(name):
+    model, prompt = build(name), ids(2, 17)
+    want = model.generate(prompt, max_new_tokens=3, do_sample=False)
+    model.train()
+    assert model.generate(prompt, max_new_tokens=3, do_sample=False).tolist() == want.tolist()
+    assert model(prompt, logits_to_keep=1).state is not None
 
 
 def test_the_memory_may_be_a_tree(tmp_path):

@@ -147,15 +147,23 @@ class LandmarkForCausalLM(LongContextModel):
         """Training (gradients, or training mode) reads the whole text at once, and every block through its landmark; inference
         reads it in chunks, and beyond the training context only the `top_k` best blocks. Going on from a state has no gradients.
         """
-        mask = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask
-        if not bool(mask.any(1).all()):
-            raise ValueError("`input_ids` is empty: nothing to read; give at least one token in each row")
+        mask = self._full(input_ids, mask)
         if wanted is not None and state is None and (self.training or torch.is_grad_enabled()):
             return self._read_whole(input_ids, mask)[wanted], None
         return self._stream(input_ids, mask, state, wanted)
 
+    @staticmethod
+    def _full(input_ids: Tensor, mask: Tensor | None) -> Tensor:
+        """The mask `[B, T]`, of rows that each hold a token."""
+        mask = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask
+        if not bool(mask.any(1).all()):
+            raise ValueError("`input_ids` is empty: nothing to read; give at least one token in each row")
+        return mask
+
     def go_on(self, text: Text) -> tuple[Tensor, LandmarkState]:
-        return self.encode(text.ids, text.mask, scoring.last_tokens(text.ids, text.mask, 1), text.state)
+        return self._stream(
+            text.ids, self._full(text.ids, text.mask), text.state, scoring.last_tokens(text.ids, text.mask, 1)
+        )
 
     def _read_whole(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         """Hidden states `[B, T, d]` of a whole text under landmark attention, no block left out."""
