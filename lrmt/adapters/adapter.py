@@ -15,7 +15,7 @@ from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig, PreTr
 
 import lrmt
 from lrmt.adapters.backbone import backbone_fingerprint, check_complete, load_backbone, load_tokenizer
-from lrmt.adapters.find import find_adapter, find_backbone, is_adapter
+from lrmt.adapters.find import check_whole, find_adapter, find_backbone, is_adapter
 from lrmt.errors import TrainingFault, UsageError, one_line
 from lrmt.files import filling
 from lrmt.models import METHODS, LongContextConfig, LongContextModel
@@ -51,6 +51,7 @@ def load(
         UsageError: nothing there, a half-written folder, or an adapter of another backbone.
     """
     path = find_adapter(path_or_hub_id)
+    check_whole(path)
     config = read_config(path, **reading)
     precision = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype is not None and not (isinstance(precision, torch.dtype) and precision.is_floating_point):

@@ -92,7 +92,7 @@ def open_tokenizer(name: str, revision: str | None = None, flag: str = "--tokeni
         return AutoTokenizer.from_pretrained(place, revision=revision)
     except Exception as error:
         raise UsageError(
-            f"{flag} {name} has no tokenizer that can be read ({one_line(error)}); name a folder or a Hub id that has one"
+            f"{flag} {name}: its tokenizer cannot be loaded ({one_line(error)}); name a folder or a Hub id that has one"
         ) from None
 
 

@@ -22,8 +22,7 @@ def find_adapter(path_or_hub_id: str | os.PathLike, flag: str = "--adapter_path"
     """The folder of an adapter or a merged checkpoint; one of the Hub is downloaded, or taken from the cache.
 
     Raises:
-        UsageError: neither a folder nor on the Hub; a folder without a config.json, with half an adapter, or with files that
-            git-lfs left out or that were cut off.
+        UsageError: neither a folder nor on the Hub, or a folder without a config.json, or with pointers of git-lfs for files.
     """
     path = Path(path_or_hub_id)
     try:
@@ -43,9 +42,7 @@ def find_adapter(path_or_hub_id: str | os.PathLike, flag: str = "--adapter_path"
                 f"{flag} {path_or_hub_id} has no config.json, so it is no adapter that training wrote: not a whole adapter, "
                 f"{' and '.join(missing)} missing (it holds: {listing(path)})"
             )
-        if len(missing) == 1:  # with both missing it is a merged checkpoint
-            raise UsageError(f"{flag} {path_or_hub_id}: not a whole adapter, {missing[0]} missing")
-        check_files(path, flag)
+        check_files(path, flag, weights=False)
     except UsageError:
         raise
     except (OSError, ValueError) as error:  # no permission, or a name that no file can have
@@ -58,7 +55,15 @@ def find_adapter(path_or_hub_id: str | os.PathLike, flag: str = "--adapter_path"
 
 def is_adapter(folder: Path) -> bool:
     """Whether a folder that `find_adapter` found holds an adapter; else it is a merged checkpoint."""
-    return (folder / "adapter_config.json").is_file()
+    return any((folder / name).is_file() for name in ADAPTER_FILES[:2])
+
+
+def check_whole(folder: Path, flag: str = "--adapter_path") -> None:
+    """Raises `UsageError` unless all that is to be loaded from the folder is there, and whole."""
+    missing = [name for name in ADAPTER_FILES if not (folder / name).is_file()]
+    if is_adapter(folder) and missing:
+        raise UsageError(f"{flag} {folder}: not a whole adapter, {' and '.join(missing)} missing")
+    check_files(folder, flag)
 
 
 def check_files(folder: str | os.PathLike, flag: str, weights: bool = True) -> None:
@@ -75,12 +80,13 @@ def check_files(folder: str | os.PathLike, flag: str, weights: bool = True) -> N
                     pass
         except Exception as error:
             raise UsageError(
-                f"{flag} {folder}: {path.name} is cut off or cannot be read ({one_line(error)}); copy or download it again"
+                f"{flag} {folder} cannot be loaded ({path.name} is cut off or cannot be read, {one_line(error)}); copy or download it "
+                "again"
             ) from None
         if start == POINTER:
             raise UsageError(
-                f"{flag} {folder}: {path.name} is a pointer of git-lfs, not the file itself; say `git lfs pull` there, or "
-                "download it again"
+                f"{flag} {folder} cannot be loaded ({path.name} is a pointer of git-lfs, not the file itself: `git lfs pull`); name a "
+                "folder or a Hub id that has it"
             )
 
 

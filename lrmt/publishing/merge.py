@@ -9,7 +9,7 @@ from transformers import GenerationConfig
 
 from lrmt.adapters.adapter import load, read_config, write_generation_config
 from lrmt.adapters.backbone import copy_dequantised_, keep_4bit_trainable, load_tokenizer
-from lrmt.adapters.find import find_adapter, is_adapter
+from lrmt.adapters.find import check_whole, find_adapter, is_adapter
 from lrmt.errors import UsageError
 from lrmt.files import check_writable, filling, told_as
 from lrmt.models import LongContextConfig, LongContextModel
@@ -57,6 +57,7 @@ def _open_config(adapter_path: str, merge_base: str) -> tuple[Path, LongContextC
     if merge_base not in MERGE_BASES:
         raise UsageError(f"`--merge_base` must be {' or '.join(MERGE_BASES)}; got {merge_base}")
     path = find_adapter(adapter_path)
+    check_whole(path)
     config = read_config(path)
     if not is_adapter(path):
         raise UsageError(f"`--adapter_path` {adapter_path} is a merged checkpoint already; name an adapter")

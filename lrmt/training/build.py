@@ -19,7 +19,7 @@ from lrmt.adapters.backbone import (
     quantization_of,
     read_backbone_config,
 )
-from lrmt.adapters.find import find_adapter, is_adapter
+from lrmt.adapters.find import check_whole, find_adapter, is_adapter
 from lrmt.arguments import ModelArguments
 from lrmt.errors import UsageError, one_line
 from lrmt.models.base import LongContextModel
@@ -87,7 +87,7 @@ def build_empty_model(
         UsageError: as `build_model`, but for what only weights can show.
     """
     if model_args.init_adapter_path is not None:
-        find_adapter(model_args.init_adapter_path, INIT_FLAG)
+        check_whole(find_adapter(model_args.init_adapter_path, INIT_FLAG), INIT_FLAG)
     _quantization(model_args, sharded)
     name, attention = model_args.model_name_or_path, model_args.attn_implementation
     backbone = build_empty(
@@ -123,10 +123,6 @@ def _quantization(model_args: ModelArguments, sharded: bool) -> tuple[bool, str 
 def _add_lora(model: LongContextModel, model_args: ModelArguments, settings: dict, **options) -> PeftModel:
     """Freezes all but LoRA and the memory."""
     model.name_or_path = model_args.model_name_or_path
-    if model_args.use_peft and model_args.lora_r < 1:
-        raise UsageError(
-            f"`--lora_r` must be a whole number, 1 or more; got {model_args.lora_r}. `--use_peft false` leaves LoRA out"
-        )
     if model_args.use_peft and model_args.use_dora and model_args.load_in_4bit and is_deepspeed_zero3_enabled():
         raise UsageError(
             "`--use_dora` over 4 bits does not run under ZeRO-3, which takes apart the weights that it measures; use ZeRO-2, "
@@ -153,6 +149,7 @@ def _add_lora(model: LongContextModel, model_args: ModelArguments, settings: dic
 def _start_from(model: PeftModel, path_or_hub_id: str) -> None:
     """Copies a trained adapter's LoRA and memory into a new one of the same method, backbone and shape."""
     told, path = f"{INIT_FLAG} {path_or_hub_id}", find_adapter(path_or_hub_id, INIT_FLAG)
+    check_whole(path, INIT_FLAG)
     if not is_adapter(path):
         raise UsageError(f"{told} is no adapter, but a merged checkpoint; name what training wrote")
     saved, config = read_config(path, INIT_FLAG), model.get_base_model().config

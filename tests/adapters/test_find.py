@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import lrmt
-from lrmt.adapters.find import check_files, find_adapter, find_backbone, is_hub_id, resolve_backbone
+from lrmt.adapters.find import check_files, check_whole, find_adapter, find_backbone, is_hub_id, resolve_backbone
 from lrmt.errors import UsageError
 
 ASSETS = Path(lrmt.__file__).parent / "assets"
@@ -68,7 +68,7 @@ def test_half_an_adapter(tmp_path, name):
     folder = shutil.copytree(ADAPTER, tmp_path / "half")
     (folder / name).unlink()
     with pytest.raises(UsageError, match=f"not a whole adapter, {name} missing"):
-        find_adapter(folder)
+        check_whole(find_adapter(folder))
 
 
 def test_hub_ids():
@@ -82,7 +82,7 @@ def test_hub_ids():
 def test_pointers_of_git_lfs(tmp_path, name):
     folder = shutil.copytree(ASSETS / "tiny-llama", tmp_path / "lfs")
     (folder / name).write_text(POINTER)
-    with pytest.raises(UsageError, match=f"{name} is a pointer of git-lfs.*git lfs pull"):
+    with pytest.raises(UsageError, match=f"{name} is a pointer of git-lfs.*git lfs pull.*name a folder"):
         check_files(folder, "--flag")
     if name == "model.safetensors":
         check_files(folder, "--flag", weights=False)
