@@ -115,7 +115,11 @@ def to_json(value) -> str:
 def listing(folder: str | os.PathLike, pattern: str = "*", limit: int = 10, empty: str = "nothing") -> str:
     """What a folder holds, by name, for an error: the first few entries, or `empty`."""
     folder = Path(folder)
-    names = sorted(str(path.relative_to(folder)) for path in folder.glob(pattern)) if folder.is_dir() else []
+    names = (
+        sorted(str(path.relative_to(folder)) for path in folder.glob(pattern) if path.name[0] != ".")
+        if folder.is_dir()
+        else []
+    )
     return ", ".join(names[:limit]) or empty
 
 

@@ -14,6 +14,7 @@ from lrmt.files import listing
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "config.json")
 FLAG = "`--model_name_or_path`"
+ASSETS = Path(str(files("lrmt"))) / "assets"
 HUB_FILES = ("*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja", "*.md")  # of a repository
 POINTER = b"version https://git-lfs"
 
@@ -26,11 +27,16 @@ def find_adapter(path_or_hub_id: str | os.PathLike, flag: str = "--adapter_path"
     """
     path = Path(path_or_hub_id)
     try:
+        if not path.exists() and str(path) in shipped_adapters():
+            path = ASSETS / path
         if not path.exists() and is_hub_id(path_or_hub_id):
             path = _download(str(path_or_hub_id), flag)
         if not path.is_dir():
             parent = path.parent if path.parent.is_dir() else Path(".")
-            there = ", ".join(sorted(p.name for p in parent.iterdir() if p.is_dir())[:8]) or "no folders"
+            there = (
+                ", ".join(sorted(p.name for p in parent.iterdir() if p.is_dir() and p.name[0] != ".")[:8])
+                or "no folders"
+            )
             problem = "that is a file" if path.exists() else f"no such folder ({parent} holds {there})"
             raise UsageError(
                 f"{flag} must be a folder that training or merging wrote, or a Hub id; got {path_or_hub_id}, which is no "
@@ -112,13 +118,18 @@ def _download(hub_id: str, flag: str) -> Path:
 
 def shipped_backbones() -> list[str]:
     """Names of the tiny backbones that come with the package."""
-    return sorted(p.name for p in Path(str(files("lrmt") / "assets")).glob("tiny-*") if (p / "config.json").exists())
+    return sorted(p.name for p in ASSETS.glob("tiny-*") if (p / "config.json").exists())
+
+
+def shipped_adapters() -> list[str]:
+    """Names of the adapters that come with the package."""
+    return sorted(p.parent.name for p in ASSETS.glob("*/adapter_config.json"))
 
 
 def resolve_backbone(name: str | os.PathLike, flag: str = FLAG) -> str:
     """A shipped backbone's folder, or the Hub id or folder as given; raises `UsageError` for a folder without a model."""
     if name in shipped_backbones():
-        return str(files("lrmt") / "assets" / name)
+        return str(ASSETS / name)
     path = Path(name)
     try:
         there = path.exists()

@@ -96,7 +96,7 @@ def build_contenders(model, names=DEFAULT_BASELINES, *, tokenizer=None, rag: dic
     if not hasattr(model, "disable_adapter"):
         return [trained]
     bare = Bare(model, tokenizer, rag or {})
-    return [trained, *(BUILDERS[name](bare) for name in names if name in BUILDERS)]
+    return [trained, *(BUILDERS[name](bare) for name in names if name != "api")]
 
 
 class Bare:
@@ -173,7 +173,7 @@ def build_rag(bare: Bare) -> Contender:
     )
 
 
-#: what makes each of settings.BASELINES, but for the endpoint
+#: what makes each of groups.BASELINES, but for the endpoint
 BUILDERS: dict[str, Callable[[Bare], Contender]] = {
     "untrained": build_untrained,
     "backbone": build_backbone,

@@ -218,7 +218,7 @@ class ScoredOutputFlags(OutputFlags):
     scoring: str = flag(
         "official",
         "Of qa1 … qa20, memorize, detect_memorize, reasoning: official (BABILong's, where a target 'none' of qa7 never "
-        "scores), strict (whole words, mends that), contains, exact (default: official); passkey, niah_single: first integer.",
+        "scores), strict (whole words, mends that), contains, exact (default: official); of a number (passkey): the first integer.",
         "RULE",
     )
 

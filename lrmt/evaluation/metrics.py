@@ -4,7 +4,7 @@ import math
 import re
 import unicodedata
 
-from lrmt.tasks.names import LABELS, TASK_LABELS, is_answer, split_target
+from lrmt.tasks.names import LABELS, NUMBERS, TASK_LABELS, is_answer, split_target
 
 __all__ = ["RULES", "TASK_LABELS", "is_answer", "score", "wilson_interval"]
 
@@ -27,7 +27,7 @@ def score(target: str, output: str, question: str, task: str, rule: str = "offic
     """
     if rule not in RULES:
         raise ValueError(f"rule must be one of {', '.join(RULES)}; got {rule!r}")
-    if task in ("passkey", "niah_single"):
+    if task in NUMBERS:
         return _first_integer(output) == int(target)
     if rule == "contains":
         return _plain(target) in _plain(output)

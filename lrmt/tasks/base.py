@@ -116,7 +116,7 @@ def check_segment(question: np.ndarray, answer: np.ndarray, segment_length: int 
     if segment_length is not None and needed > segment_length:
         raise UsageError(
             f"--segment_length {segment_length} is too short: question and answer of {where} take {needed} tokens; "
-            f"raise it (where a method has none, its `--context_length`) to {needed} or more, or shorten them"
+            f"raise it to {needed} or more, or shorten them (a recipe without that flag has `--context_length`)"
         )
 
 

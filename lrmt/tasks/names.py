@@ -4,6 +4,8 @@ SPLITS = ("train", "validation", "test")
 BABI = tuple(f"qa{n}" for n in range(1, 21))
 MEMORIES = ("memorize", "detect_memorize", "reasoning")
 NEEDLES = ("niah_single", *MEMORIES)
+#: whose answer is a number, the first that is said
+NUMBERS = ("passkey", "niah_single")
 #: facts hidden in background text
 HAYSTACKS = (*BABI, *NEEDLES)
 #: every task whose texts are generated

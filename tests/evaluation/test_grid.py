@@ -109,7 +109,9 @@ def test_what_the_tokenizer_says_of_a_target_is_right(tmp_path, target):
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     row = {"input": "He wrote <s> and left.", "question": "What?", "target": target}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
-    task = build_task("dataset", tokenizer, split="test", dataset_path=tmp_path / "rows.jsonl", segment_length=SEGMENT)
+    task = build_task(
+        "dataset", tokenizer, split="test", dataset_name=str(tmp_path / "rows.jsonl"), segment_length=SEGMENT
+    )
     ids = torch.from_numpy(task.example(0).answer_ids)[None]
     oracle = Contender("oracle", lambda input_ids, **_: torch.cat([input_ids, ids, 0 * ids], dim=1))
     (record,), answers = measure_cell(
