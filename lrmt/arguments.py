@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
+import yaml
 from transformers import TrainingArguments as HfTrainingArguments
 from trl import ModelConfig as TrlModelConfig
 
@@ -31,6 +32,19 @@ def _check_counts(arguments, *names: str) -> None:
         value = getattr(arguments, name)
         if value is None or value < 1 or value != int(value):
             raise UsageError(f"`--{name}` must be a whole number, 1 or more; got {value}")
+
+
+def _check_mappings(arguments) -> None:
+    """Turns the text of every `…_kwargs` into its mapping; raises `UsageError` for what is none."""
+    for name in (f.name for f in dataclasses.fields(arguments) if f.name.endswith("_kwargs")):
+        given = getattr(arguments, name)
+        try:
+            value = yaml.safe_load(given) if isinstance(given, str) else given
+        except yaml.YAMLError:
+            value = given
+        if value is not None and not isinstance(value, dict):
+            raise UsageError(f'`--{name}` must be a mapping, such as {{"min_lr": 1e-5}}; got {given}')
+        setattr(arguments, name, value)
 
 
 def _check_seeds(arguments, *names: str) -> None:
@@ -66,6 +80,8 @@ class ModelArguments(TrlModelConfig):
             _check_counts(self, "lora_r", "lora_alpha")
             if not 0 <= self.lora_dropout < 1:
                 raise UsageError(f"`--lora_dropout` must lie in [0, 1); got {self.lora_dropout}")
+        elif kinds := [n for n in ("use_dora", "use_rslora", "lora_target_modules") if getattr(self, n)]:
+            raise UsageError(f"`--{kinds[0]}` is of LoRA, which `--use_peft false` leaves out; leave one of them out")
         targets = self.lora_target_modules
         super().__post_init__()
         # TRL unpacks a list of one, which PEFT takes for a pattern of the whole name
@@ -179,6 +195,18 @@ class TrainingArguments(HfTrainingArguments):
             "eval_steps",
         )
         _check_seeds(self, "seed")
+        _check_mappings(self)
+        for name in ("weight_decay", "max_grad_norm", "logging_steps", "warmup_steps"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"`--{name}` must not be negative; got {getattr(self, name)}")
+        if self.warmup_steps > 1 and self.warmup_steps != int(self.warmup_steps):
+            raise UsageError(f"`--warmup_steps` must be steps, or a fraction below 1; got {self.warmup_steps}")
+        if self.save_total_limit is not None and self.save_total_limit < 1:
+            raise UsageError(f"`--save_total_limit` must be 1 or more; got {self.save_total_limit}")
+        if not self.save_steps > 0:
+            raise UsageError(f"`--save_steps` must be more than 0; got {self.save_steps}")
+        if str(getattr(self.save_strategy, "value", self.save_strategy)) == "best":
+            self.metric_for_best_model = self.metric_for_best_model or "loss"
         # transformers refuses bf16 without a GPU unless told that the CPU is meant, and DeepSpeed looks for a GPU by itself
         told = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
         self.use_cpu = self.use_cpu or told or not torch.accelerator.is_available()

@@ -31,11 +31,20 @@ def read_text(path: str | os.PathLike, flag: str) -> str:
         bad = error.start
     if bad < 0:
         return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
-    utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or content[bad] == 0
+    wide = _guess_wide(content, bad)
     raise UsageError(
-        f"{flag} {path} is not UTF-8 text (byte {bad}){', but UTF-16 or no text' if utf16 else ''}; convert it: "
-        f"iconv -f {'UTF-16' if utf16 else 'ENCODING'} -t UTF-8 FILE > NEW"
+        f"{flag} {path} is not UTF-8 text (byte {bad}){f', but {wide[:6]} or no text' if wide else ''}; convert it: "
+        f"iconv -f {wide or 'ENCODING'} -t UTF-8 FILE > NEW"
     )
+
+
+def _guess_wide(content: bytes, bad: int) -> str:
+    """UTF-16 or UTF-32, by its byte order mark or else by the place of the first NUL beside a letter of ASCII; "" for neither."""
+    if content.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "UTF-32"
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "UTF-16"
+    return ("UTF-16BE", "UTF-16LE")[bad % 2] if content[bad] == 0 else ""
 
 
 @contextlib.contextmanager
@@ -92,9 +101,10 @@ def told_as(flag: str, path: str | os.PathLike) -> Iterator[None]:
 def check_writable(folder: str | os.PathLike, flag: str = "--output_dir") -> None:
     """Raises UsageError where `folder` could not be filled: before work is put into it. Nothing is left there."""
     folder = Path(folder).absolute()
-    place = next(path for path in (folder, *folder.parents) if path.exists())
-    with told_as(flag, folder), tempfile.TemporaryDirectory(dir=place):
-        pass
+    with told_as(flag, folder):
+        place = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+        with tempfile.TemporaryDirectory(dir=place):
+            pass
 
 
 def write_files(folder: str | os.PathLike, files: dict[str, str | bytes], flag: str = "--output_dir") -> None:

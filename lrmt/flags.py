@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
+import math
 import os
 import sys
 import types
@@ -134,7 +135,14 @@ def _read_dict(word: str) -> dict:
     return value
 
 
-READERS = {str: str, int: int, float: float, bool: _read_bool, dict: _read_dict}
+def _read_float(word: str) -> float:
+    value = float(word)
+    if not math.isfinite(value):
+        raise ValueError(word)
+    return value
+
+
+READERS = {str: str, int: int, float: _read_float, bool: _read_bool, dict: _read_dict}
 
 
 def _resolve(field: dataclasses.Field, owner: type):

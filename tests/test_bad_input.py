@@ -31,6 +31,15 @@ def world(backbones, trained, tmp_path_factory):
     (world / "long.jsonl").write_text(
         "".join(json.dumps(r) + "\n" for r in [row, row | {"question": "Who? " * 60}, row])
     )
+    (world / "shards" / "4k").mkdir(parents=True)
+    (world / "shards" / "4k" / "qa1.jsonl").write_text(
+        f"{json.dumps(row | {'target': 'kitchen'})}\n\n{json.dumps(row | {'target': ''})}\n"
+    )
+    (world / "loop").symlink_to("loop")
+    shutil.copytree(backbones["llama"], world / "claims_4bit")
+    config = json.loads((world / "claims_4bit" / "config.json").read_text())
+    claim = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    (world / "claims_4bit" / "config.json").write_text(json.dumps(config | {"quantization_config": claim}))
     (world / "broken.yaml").write_text("segment_length: [1,\n")
     (world / "unknown.yaml").write_text("segment_lenght: 80\n")
     (world / "type.yaml").write_text("segment_length: long\n")
@@ -140,6 +149,16 @@ TRAIN = [  # command line, what the line says: flag, value, remedy
     ("--output_dir run --resume_from_checkpoint true --use_rslora true", ["--resume_from_checkpoint", "`--use_rslora` True"]),
     ("--output_dir run --resume_from_checkpoint true --curriculum_stages 1", ["--resume_from_checkpoint", "stages", "same curriculum"]),
     ("--output_dir run --resume_from_checkpoint true --model_name_or_path MISTRAL", ["another backbone", "--model_name_or_path"]),
+    ("--learning_rate nan", ["--learning_rate", "'nan'", "float"]),
+    ("--max_grad_norm -1", ["--max_grad_norm", "-1", "not be negative"]),
+    ("--save_total_limit 0", ["--save_total_limit", "1 or more", "got 0"]),
+    ("--save_steps 0", ["--save_steps", "more than 0"]),
+    ("--warmup_steps 1.5", ["--warmup_steps", "1.5", "fraction"]),
+    ("--lr_scheduler_kwargs foo", ["--lr_scheduler_kwargs", "mapping", "foo"]),
+    ("--gradient_checkpointing_kwargs [1]", ["--gradient_checkpointing_kwargs", "mapping", "[1]"]),
+    ("--use_peft false --use_dora true", ["--use_dora", "--use_peft false"]),
+    ("--output_dir loop", ["--output_dir", "loop", "cannot be written"]),
+    ("--model_name_or_path claims_4bit", ["--model_name_or_path", "claims_4bit", "weights are full"]),
     ("--dry_run --model_name_or_path ./nowhere", ["--model_name_or_path", "./nowhere"]),
     ("--dry_run --segment_length 250", ["--segment_length", "window of 256"]),
 ]  # fmt: skip
@@ -205,6 +224,8 @@ LRMT = [
     ("merge --adapter_path cut --output_dir new", ["--adapter_path", "cut"]),
     ("merge --adapter_path foreign --output_dir new", ["--adapter_path", "another backbone"]),
     ("merge --adapter_path merged --output_dir new", ["--adapter_path", "merged", "merged checkpoint already", "name an adapter"]),
+    ("merge --adapter_path run --output_dir loop", ["--output_dir", "loop", "cannot be written"]),
+    ("evaluate --adapter_path run --dataset_name shards --task qa1 --lengths 4k", ["row 3 of", "shards/4k/qa1.jsonl", "'target'"]),
     ("merge --adapter_path run --output_dir full", ["--output_dir", "full", "not empty", "another"]),
     ("merge --adapter_path run --output_dir new --merge_base int4", ["--merge_base", "int4", "nf4_roundtrip"]),
     ("score nowhere", ["FOLDER", "nowhere", "must be a folder"]),

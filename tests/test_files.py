@@ -82,3 +82,11 @@ def test_a_folder_inside_is_replaced_with_what_it_holds(tmp_path):
             (temporary / "config.json").write_text(text)
     assert [path.name for path in (tmp_path / "out" / "templates").iterdir()] == ["second.jinja"]
     assert (tmp_path / "out" / "config.json").read_text() == "second"
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_the_remedy_for_wide_text_names_its_encoding(tmp_path, encoding):
+    (tmp_path / "a.txt").write_bytes("Call me Nora.".encode(encoding))
+    named = {"utf-16-le": "UTF-16LE", "utf-16-be": "UTF-16BE"}.get(encoding, encoding.upper())
+    with pytest.raises(UsageError, match=f"iconv -f {named} "):
+        read_text(tmp_path / "a.txt", "--input")

@@ -131,6 +131,10 @@ def load_backbone(
     )
     check_complete(loaded, f"{flag} {name}")
     if packed is not None:
+        if any(getattr(layer.weight, "quant_state", None) is None for _, layer in layers_in_4bit(backbone)):
+            raise UsageError(
+                f"{flag} {name}: config.json speaks of 4 bits, the weights are full; take quantization_config out of it"
+            )
         if quantization_config is None:
             dequantise_(backbone, dtype)
         for parameter in backbone.parameters():  # of such a checkpoint transformers leaves them as they are in the file
@@ -185,7 +189,8 @@ def quantization_of(config: PreTrainedConfig) -> dict | None:
     """The settings of a checkpoint that bitsandbytes has brought to 4 bits already; None for any other."""
     settings = getattr(config, "quantization_config", None)
     settings = settings if isinstance(settings, dict | None) else settings.to_dict()
-    return settings if settings and settings.get("load_in_4bit") else None
+    ours = settings and settings.get("quant_method") == "bitsandbytes" and settings.get("load_in_4bit")
+    return settings if ours else None
 
 
 def layers_in_4bit(model: nn.Module) -> list[tuple[str, nn.Module]]:

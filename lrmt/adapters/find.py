@@ -25,7 +25,7 @@ def find_adapter(path_or_hub_id: str | os.PathLike, flag: str = "--adapter_path"
     Raises:
         UsageError: neither a folder nor on the Hub, or a folder without a config.json, or with pointers of git-lfs for files.
     """
-    path = Path(path_or_hub_id)
+    path = Path(path_or_hub_id).expanduser()
     try:
         if not path.exists() and str(path) in shipped_adapters():
             path = ASSETS / path
@@ -128,6 +128,7 @@ def shipped_adapters() -> list[str]:
 
 def resolve_backbone(name: str | os.PathLike, flag: str = FLAG) -> str:
     """A shipped backbone's folder, or the Hub id or folder as given; raises `UsageError` for a folder without a model."""
+    name = os.path.expanduser(str(name)).rstrip("/") or str(name)
     if name in shipped_backbones():
         return str(ASSETS / name)
     path = Path(name)

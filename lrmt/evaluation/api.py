@@ -12,6 +12,10 @@ from lrmt.evaluation.babilong.prompts import NEW_TOKENS
 CHARACTERS_PER_TOKEN = 4  # of English, in the tokenizers of today
 LONGEST_BACKOFF = 8  # seconds that the client waits between two tries, unless the server asks for more
 PATIENCE = 3  # prompts, at least, that fail in a row before an endpoint is given up
+NO_ANSWER = ("content_filter", "tool_calls", "function_call")  # as a reason to end, whatever was said before
+_THOUGHTS = r"(?:think(?:ing)?|thoughts?|reasoning|seed:think)"
+THOUGHT = re.compile(rf"<\s*{_THOUGHTS}\b[^>]*>|\[THINK\]|<\|channel\|>analysis", re.IGNORECASE)
+THOUGHT_ENDS = re.compile(rf"<\s*/\s*{_THOUGHTS}\s*>|\[/THINK\]", re.IGNORECASE)
 OF_THE_PROMPT = (400, 413, 422)  # refusals that tell nothing about other prompts: it is too long, say
 
 
@@ -170,13 +174,13 @@ class Endpoint:
     def _read(self, text, finish_reason, max_new_tokens) -> str | None:
         """What is said behind finished thoughts; None, and a failure, where nothing is or where the thoughts have no end."""
         said = strip_thoughts(text) if isinstance(text, str) else ""
-        thinking = "<think>" in said
+        thinking = THOUGHT.search(said) is not None
         if finish_reason == "length" and (thinking or not said.strip()):
             remedy = "a model that thinks before it answers needs more: raise --api_max_tokens"
             self._fail(f"an answer cut after {max_new_tokens} tokens, before anything was said; {remedy}")
         elif thinking:
             self._fail(f"an answer that ends within its thoughts (finish_reason {finish_reason!r})")
-        elif not isinstance(text, str):
+        elif not said.strip() or finish_reason in NO_ANSWER:
             self._fail(f"an answer without text (finish_reason {finish_reason!r})")
         else:
             return said.encode("utf-8", "replace").decode()  # JSON may hold halves of characters, which no file takes
@@ -205,5 +209,7 @@ class Endpoint:
 
 
 def strip_thoughts(text: str) -> str:
-    """The text without finished thoughts, `<think>…</think>`; some endpoints keep the opening tag back."""
-    return re.sub(r"^.*</think>\s*", "", re.sub(r"<think>.*?</think>\s*", "", text, flags=re.DOTALL), flags=re.DOTALL)
+    """The text without finished thoughts, `<think>…</think>` and their like; some endpoints keep the opening tag back."""
+    text = text.rpartition("<|channel|>final<|message|>")[2]
+    ends = [end.end() for end in THOUGHT_ENDS.finditer(text)]
+    return text[ends[-1] :].lstrip() if ends else text

@@ -65,10 +65,10 @@ def _open_config(adapter_path: str, merge_base: str) -> tuple[Path, LongContextC
 
 
 def _check_output(output_dir: str) -> Path:
+    check_writable(output_dir, "`--output_dir`")  # now: merging takes minutes
     output = Path(output_dir).resolve()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UsageError(f"`--output_dir` {output} is not empty; name another folder")
-    check_writable(output, "`--output_dir`")  # now: merging takes minutes
     return output
 
 

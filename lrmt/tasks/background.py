@@ -19,7 +19,7 @@ from lrmt.tasks.options import TaskOptions
 MIN_SENTENCE_TOKENS = 10
 MIN_SENTENCES = 2  # or facts stand before or behind it all
 MAX_DATASET_TOKENS = 2**24  # read of a data set, which may be larger than any disk
-_CACHE_VERSION = "3"  # raise it whenever splitting or the stored arrays change
+_CACHE_VERSION = "4"  # raise it whenever splitting or the stored arrays change
 _BATCH = 4096  # sentences tokenised at once, in parallel
 _CUTS_TRIED = 16  # sentences searched for a beginning of the wanted number of tokens
 _ENDS_TRIED = 100  # of such a beginning, the likeliest first

@@ -52,7 +52,10 @@ class DatasetTask(Task):
         if looks_local(source) and not (path / CARD).is_file():
             files = find_files(path, wanted, config) if config and path.is_dir() else []
             kind = "parquet" if files and files[0].endswith(".parquet") else "json"
-            rows = _load(kind, None, "train", data_files=files) if files else _read_file(path)
+            if files and all(file.endswith(".jsonl") for file in files):
+                rows = [(f"{n} of {file}", row) for file in files for n, row in _read_file(Path(file))]
+            else:
+                rows = _load(kind, None, "train", data_files=files) if files else _read_file(path)
         else:
             rows = _load(str(path) if path.is_dir() else source, config, wanted)
         if split != "test" and len(rows) > 1:

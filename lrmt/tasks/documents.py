@@ -114,6 +114,7 @@ def strip_gutenberg(text: str) -> str:
 
 
 LONGEST_SENTENCE = 3000  # characters; novels have none so long
+_LONGEST_FOREIGN = 600  # of scripts that may have no stops at all, as Thai
 _PIECE = 400  # characters of what is cut, where nothing tells sentences
 _FEW = 0.01  # share of letters beyond ASCII; names and quotations in English have fewer
 _BEYOND_ASCII = re.compile(r"[^\W\d_\x00-\x7f]")
@@ -136,7 +137,8 @@ def split_sentences(text: str) -> list[str]:
     """Split prose into sentences: paragraphs at blank lines, then stops before a capital, abbreviations spared.
 
     Stops of other scripts end a sentence whatever follows, and letters without case are capitals. What is longer than
-    `LONGEST_SENTENCE` characters is parted at any stop before a space, and cut where it has none.
+    `LONGEST_SENTENCE` characters, or in other scripts than Latin `_LONGEST_FOREIGN`, is parted at any stop before a space, and
+    cut where it has none.
     """
     foreign = len(_BEYOND_ASCII.findall(text)) > _FEW * len(text)
     if foreign:
@@ -145,14 +147,15 @@ def split_sentences(text: str) -> list[str]:
     def begins(letter: str) -> bool:
         return not letter.islower() and (foreign or letter.isascii())
 
+    longest = _LONGEST_FOREIGN if foreign else LONGEST_SENTENCE
     sentences = []
     for paragraph in re.split(r"\n\s*\n", text):
         for sentence in _part(" ".join(paragraph.split()), _STOP, begins):
-            if len(sentence) <= LONGEST_SENTENCE:
+            if len(sentence) <= longest:
                 sentences.append(sentence)
                 continue
             for part in _part(sentence, _ANY_STOP):
-                sentences.extend([part] if len(part) <= LONGEST_SENTENCE else _cut(part))
+                sentences.extend([part] if len(part) <= longest else _cut(part))
     return sentences
 
 

@@ -18,7 +18,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from lrmt.adapters.backbone import load_tokenizer
 from lrmt.arguments import CurriculumArguments, ModelArguments, TaskArguments, TrainingArguments, as_dict
 from lrmt.errors import UsageError, one_line
-from lrmt.files import check_writable, write_files
+from lrmt.files import check_writable, told_as, write_files
 from lrmt.models.base import LongContextConfig, LongContextModel
 from lrmt.progress import quiet_bars
 from lrmt.tasks.options import TaskOptions
@@ -90,7 +90,7 @@ def train(
         check_resumable(checkpoint, model, curriculum, identity)
     if trainer.is_world_process_zero():
         _begin_folder(training_args.output_dir, arguments, goes_on)
-        what = " and ".join(["LoRA", *model_class.trained_modules(settings)])
+        what = " and ".join(["LoRA"] * model_args.use_peft + model_class.trained_modules(settings))
         print(f"{len(trainable_names(model))} trainable tensors ({what}); saving to {training_args.output_dir}")
     PartialState().wait_for_everyone()
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -130,7 +130,8 @@ def _check_precision(model_args: ModelArguments, training_args: TrainingArgument
 def _check_output_dir(training_args: TrainingArguments, checkpoint: str | None) -> bool:
     """Refuses to write over anything that this run did not make; tells whether the run goes on where it was."""
     path = Path(training_args.output_dir)
-    occupied = path.is_dir() and any(path.iterdir())
+    with told_as("`--output_dir`", path):
+        occupied = path.is_dir() and any(path.iterdir())
     PartialState().wait_for_everyone()  # or a fast rank's first file would stop a slow one
     goes_on = checkpoint is not None and Path(checkpoint).resolve().parent == path.resolve()
     if path.exists() and not path.is_dir():

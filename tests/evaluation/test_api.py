@@ -113,6 +113,10 @@ def test_a_model_whose_thoughts_are_always_cut_is_given_up(server):
         ("kitchen? no.</think>\nbathroom", "bathroom"),  # where the prompt's template opens the thoughts
         ("<think>a</think><think>b</think>bathroom", "bathroom"),
         ("<think>kitchen? no", "<think>kitchen? no"),
+        ("<Thinking>kitchen? no.</Thinking> bathroom", "bathroom"),
+        ("[THINK]kitchen[/THINK]bathroom", "bathroom"),
+        ("<seed:think>kitchen</seed:think >bathroom", "bathroom"),
+        ("<|channel|>analysis<|message|>kitchen<|end|><|channel|>final<|message|>bathroom", "bathroom"),
     ],
 )
 def test_finished_thoughts_are_no_part_of_an_answer(text, said):
@@ -216,3 +220,22 @@ def test_the_cost_is_told_before_anything_is_asked(server):
     free = endpoint.estimate_cost([("x" * 4000, 1, 20)])
     assert free.price is None and "price" not in str(free)
     assert not server.requests
+
+
+@pytest.mark.parametrize(
+    ("text", "reason", "answered"),
+    [
+        ("bathroom", "stop", True),
+        ("", "stop", False),
+        (" ", "content_filter", False),
+        ("bath", "content_filter", False),
+        ("", "tool_calls", False),
+        ("<think>kitchen</think>", "stop", False),
+        ("<thinking>kitchen", "length", False),
+        ("[THINK]kitchen is", "stop", False),
+        (None, "stop", False),
+    ],
+)
+def test_what_is_no_answer_is_a_failure(server, text, reason, answered):
+    endpoint = Endpoint("stub-model")
+    assert (endpoint._read(text, reason, 20) is not None) == answered == (endpoint.failure is None)
