@@ -373,3 +373,10 @@ def test_real_books_make_plausible_sentences(tokenizer, data_dir):
     assert 9000 < len(sentences) < 13000
     assert np.mean([s[-1] in ".!?”’\"')" for s in sentences]) > 0.8
     assert not any(s.endswith((" Mr.", " Mrs.", " Dr.")) for s in sentences)
+
+
+def test_a_script_without_stops_is_cut_into_pieces():
+    """Thai parts neither words nor sentences; a whole paragraph would leave facts no place but before and behind it."""
+    paragraph = "คนแก่นั่งอยู่ที่หน้าต่างและอ่านหนังสือของเขา" * 30
+    pieces = split_sentences(f"{paragraph}\n\n{paragraph}")
+    assert len(pieces) >= 6 and "".join(pieces) == paragraph * 2
