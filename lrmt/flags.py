@@ -146,11 +146,14 @@ READERS = {str: str, int: int, float: _read_float, bool: _read_bool, dict: _read
 
 
 def _resolve(field: dataclasses.Field, owner: type):
-    """The type of a field, whose annotation may be a string that means something where its class stands."""
-    if not isinstance(field.type, str):
+    """The type of a field as its class has it (transformers' own parser changes that of the field); text means something there."""
+    if field.name not in getattr(owner, "__dataclass_fields__", ()):  # one of no class
         return field.type
     declaring = _declaring(field, owner)
-    return eval(field.type, vars(sys.modules[declaring.__module__]), dict(vars(declaring)))
+    annotation = inspect.get_annotations(declaring)[field.name]
+    if not isinstance(annotation, str):
+        return annotation
+    return eval(annotation, vars(sys.modules[declaring.__module__]), dict(vars(declaring)))
 
 
 def _is_needed(field: dataclasses.Field) -> bool:

@@ -54,7 +54,8 @@ def train(
     """
     curriculum = _build_curriculum(curriculum_args, training_args.seed)
     quiet_bars()
-    _check_precision(model_args, training_args)
+    if training_args.deepspeed_plugin is not None:
+        _check_precision(model_args, training_args)
     if training_args.dry_run:
         if PartialState().is_main_process:
             print(describe_plan(model_class, settings, model_args, task_args, curriculum, training_args))
@@ -114,8 +115,6 @@ def _build_curriculum(args: CurriculumArguments, seed: int) -> Curriculum:
 
 def _check_precision(model_args: ModelArguments, training_args: TrainingArguments) -> None:
     """DeepSpeed casts every parameter to its own precision, which would garble 4-bit weights stored in another."""
-    if training_args.deepspeed_plugin is None:
-        return
     # its collectives go by names that torch renames: one warning per call
     warnings.filterwarnings("ignore", message="`torch.distributed.*deprecated", category=FutureWarning)
     precision = "bfloat16" if training_args.bf16 else "float16" if training_args.fp16 else "float32"
