@@ -5,6 +5,8 @@ BIN := .venv/bin
 CPUS := $(shell getconf _NPROCESSORS_ONLN)
 # not compiling what is never imported halves the installation
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check
+# but what is imported is compiled once, whatever the shell says: else every process takes half a minute to begin
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test bench lint clean
 
