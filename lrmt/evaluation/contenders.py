@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from torch.nn import functional as F
 
 from lrmt.evaluation.api import Cost, Endpoint
@@ -14,6 +13,7 @@ from lrmt.evaluation.decoding import decode_answer, generating, greedy, pad_left
 from lrmt.evaluation.rag import Retriever, bm25, context_ids, embedding_ranker
 from lrmt.evaluation.settings import DEFAULT_BASELINES
 from lrmt.models.streaming import StreamedBackbone, check_rotary
+from lrmt.ranks import this_rank
 from lrmt.tasks.base import Example, Pieces
 
 #: what a prompt looks like, by the place of the question
@@ -188,7 +188,7 @@ def build_endpoint_contender(settings, tokenizer) -> EndpointContender:
     """The column of `--baseline api`. Raises UsageError without a client, key or address."""
     endpoint = Endpoint(
         settings.api_model,
-        concurrency=max(1, settings.api_concurrency // PartialState().num_processes),
+        concurrency=max(1, settings.api_concurrency // this_rank().num_processes),
         timeout=settings.api_timeout,
         max_retries=settings.api_max_retries,
     )

@@ -1,7 +1,6 @@
 """The measurement: every contender answers the same questions, and the ranks share them."""
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from accelerate.utils.memory import should_reduce_batch_size
 
@@ -10,6 +9,7 @@ from lrmt.evaluation.babilong.prompts import count_new_tokens
 from lrmt.evaluation.contenders import Contender, EndpointContender
 from lrmt.evaluation.metrics import score
 from lrmt.evaluation.results import build_failed_record, build_record
+from lrmt.ranks import this_rank
 from lrmt.tasks.base import Example
 
 # The token ids of one batch are held at once: 2**24 of them are 128 MB. Longer texts come in smaller batches.
@@ -58,7 +58,7 @@ def measure_cell(
 
 def share_batches(num_samples: int, batch_size: int, length: int) -> list[range]:
     """The indices of this rank's batches: every n-th batch of all, smaller ones where texts of `length` tokens are long."""
-    ranks = PartialState()
+    ranks = this_rank()
     batch_size = max(1, min(batch_size, MAX_BATCH_TOKENS // max(length, 1)))
     starts = range(0, num_samples, batch_size)[ranks.process_index :: ranks.num_processes]
     return [range(start, min(start + batch_size, num_samples)) for start in starts]

@@ -2,7 +2,6 @@
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from lrmt.errors import UsageError
@@ -13,6 +12,7 @@ from lrmt.evaluation.results import ResultsFolder, format_table
 from lrmt.evaluation.run import load_tokenizer, open_contenders, read_segment_length, refuse_too_large_batches
 from lrmt.evaluation.settings import EvaluationSettings
 from lrmt.progress import progress
+from lrmt.ranks import this_rank
 from lrmt.tasks.registry import build_task
 
 NUM_SAMPLES = 20
@@ -24,7 +24,7 @@ def run_perplexity(settings: EvaluationSettings) -> list[dict]:
     Whatever can be refused is refused before the model is loaded and before anything is written (UsageError). Under
     `accelerate launch` the ranks share the texts of each length, and the first one writes.
     """
-    ranks = PartialState()
+    ranks = this_rank()
     segment_length, lengths = read_lengths(settings)
     # the longest text chooses the places: with another one, other tokens are scored
     identity = settings.identity() | {"longest of --lengths": lengths[-1]}
@@ -64,7 +64,7 @@ def measure_pending(
     **options,
 ) -> None:
     """Measures length by length, and keeps what each gave."""
-    is_writer, num_samples = PartialState().is_main_process, settings.num_samples or NUM_SAMPLES
+    is_writer, num_samples = this_rank().is_main_process, settings.num_samples or NUM_SAMPLES
     total = sum(num_samples * len(todo) for todo in pending.values())
     with progress(total, "text", disable=not is_writer) as bar:
         for segments, todo in pending.items():

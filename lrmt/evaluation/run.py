@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 
 import lrmt
 from lrmt.adapters import backbone
@@ -20,6 +19,7 @@ from lrmt.evaluation.plots import draw_depths, draw_heatmap
 from lrmt.evaluation.results import ResultsFolder, format_table
 from lrmt.evaluation.settings import Cell, EvaluationSettings
 from lrmt.progress import progress
+from lrmt.ranks import this_rank
 from lrmt.tasks.background import Background, open_background
 from lrmt.tasks.base import Example
 from lrmt.tasks.dataset import DatasetTask, StoredTask
@@ -36,7 +36,7 @@ def run_evaluation(settings: EvaluationSettings) -> list[dict]:
     Whatever can be refused is refused before the model is loaded and before anything is written (UsageError). Under
     `accelerate launch` the ranks share the questions of each cell, and the first one writes.
     """
-    ranks = PartialState()
+    ranks = this_rank()
     plan = make_plan(settings)
     shortest = try_lengths(plan)
     endpoint = build_endpoint_contender(settings, plan.tokenizer) if settings.api_model else None
@@ -123,7 +123,7 @@ def open_kept_answers(plan: Plan, pending: dict[Cell, list], endpoint) -> dict[C
         cell: KeptAnswers(
             folder / f"{name_file(cell)}.jsonl",
             fresh=not plan.folder.resumed,
-            write=PartialState().is_main_process,
+            write=this_rank().is_main_process,
         )
         for cell, todo in pending.items()
         if endpoint in todo
@@ -133,7 +133,7 @@ def open_kept_answers(plan: Plan, pending: dict[Cell, list], endpoint) -> dict[C
 def measure_pending(plan: Plan, pending: dict[Cell, list], kept: dict[Cell, KeptAnswers], device) -> None:
     """Measures cell by cell, and keeps what each gave."""
     total = sum(plan.samples[cell] * len(todo) for cell, todo in pending.items())
-    quiet = not PartialState().is_main_process
+    quiet = not this_rank().is_main_process
     with progress(total, "answer", disable=quiet) as bar:
         for cell, todo in pending.items():
             bar.set_description(cell.task if cell.segments is None else f"{cell.task}, {cell.segments} seg.")
@@ -146,7 +146,7 @@ def measure_pending(plan: Plan, pending: dict[Cell, list], kept: dict[Cell, Kept
 
 def measure(plan: Plan, cell: Cell, contenders: list, kept: KeptAnswers | None, device, progress) -> None:
     """One cell, from its questions to what is on disk."""
-    settings, is_writer = plan.settings, PartialState().is_main_process
+    settings, is_writer = plan.settings, this_rank().is_main_process
     records, answers = measure_cell(
         contenders,
         plan.task(cell),
@@ -255,7 +255,7 @@ def open_contenders(settings: EvaluationSettings, tokenizer=None) -> tuple:
     """The model and its contenders; says so when there is one only."""
     model = load_model(settings)
     contenders = build_contenders(model, settings.baseline, tokenizer=tokenizer, rag=settings.rag)
-    if not hasattr(model, "disable_adapter") and PartialState().is_main_process:
+    if not hasattr(model, "disable_adapter") and this_rank().is_main_process:
         print("merged model: no adapter to disable, so the baselines on its backbone are left out")
     return model, contenders
 
@@ -268,7 +268,7 @@ def load_model(settings: EvaluationSettings):
 
 def load_on_device(settings):
     """The model on this rank's GPU, or on the CPU where there is none."""
-    device = PartialState().device if torch.cuda.is_available() else torch.device("cpu")
+    device = this_rank().device if torch.cuda.is_available() else torch.device("cpu")
     device_map = None if device.type == "cpu" else {"": device}
     model = lrmt.load(
         settings.adapter_path,

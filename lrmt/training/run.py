@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 import yaml
-from accelerate import PartialState
 from peft import PeftModel
 from transformers import set_seed
 from transformers.integrations import get_reporting_integration_callbacks
@@ -21,6 +20,7 @@ from lrmt.errors import UsageError, one_line
 from lrmt.files import check_writable, told_as, write_files
 from lrmt.models.base import LongContextConfig, LongContextModel
 from lrmt.progress import quiet_bars
+from lrmt.ranks import this_rank
 from lrmt.tasks.options import TaskOptions
 from lrmt.tasks.registry import build_task
 from lrmt.training.build import build_empty_model, build_model, trainable_names
@@ -57,7 +57,7 @@ def train(
     if training_args.deepspeed_plugin is not None:
         _check_precision(model_args, training_args)
     if training_args.dry_run:
-        if PartialState().is_main_process:
+        if this_rank().is_main_process:
             print(describe_plan(model_class, settings, model_args, task_args, curriculum, training_args))
         return None
     # what can be wrong shows here, before texts are made and weights are loaded
@@ -73,7 +73,7 @@ def train(
     set_seed(training_args.seed)
     tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
     tasks = _open_texts(task_args, tokenizer, config.segment_length, curriculum, training_args)
-    if training_args.push_to_hub and PartialState().is_main_process:
+    if training_args.push_to_hub and this_rank().is_main_process:
         open_repository(training_args)
     model = _build(model_class, settings, model_args, training_args)
     trainer = LongContextTrainer(
@@ -93,7 +93,7 @@ def train(
         _begin_folder(training_args.output_dir, arguments, goes_on)
         what = " and ".join(["LoRA"] * model_args.use_peft + model_class.trained_modules(settings))
         print(f"{len(trainable_names(model))} trainable tensors ({what}); saving to {training_args.output_dir}")
-    PartialState().wait_for_everyone()
+    this_rank().wait_for_everyone()
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()  # and pushes it, with `--push_to_hub`
     return trainer
@@ -131,7 +131,7 @@ def _check_output_dir(training_args: TrainingArguments, checkpoint: str | None) 
     path = Path(training_args.output_dir)
     with told_as("`--output_dir`", path):
         occupied = path.is_dir() and any(path.iterdir())
-    PartialState().wait_for_everyone()  # or a fast rank's first file would stop a slow one
+    this_rank().wait_for_everyone()  # or a fast rank's first file would stop a slow one
     goes_on = checkpoint is not None and Path(checkpoint).resolve().parent == path.resolve()
     if path.exists() and not path.is_dir():
         raise UsageError(f"`--output_dir` {path} is a file; name a folder")
@@ -223,7 +223,7 @@ def _build(
         settings,
         sharded=_is_sharded(training_args),
         # bitsandbytes quantises on the device that it runs on; ZeRO-3 places its own shards
-        device_map={"": PartialState().local_process_index} if on_gpu and not is_deepspeed_zero3_enabled() else None,
+        device_map={"": this_rank().local_process_index} if on_gpu and not is_deepspeed_zero3_enabled() else None,
     )
 
 

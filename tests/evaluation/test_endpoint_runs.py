@@ -1,15 +1,13 @@
 """`lrmt evaluate --baseline api` against a server that answers, refuses, dawdles or is dead (conftest.py)."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from processes import run_ranks
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from lrmt.adapters.adapter import save_adapter
@@ -173,14 +171,9 @@ def test_two_processes_share_what_is_asked_and_keep_all_of_it(adapter, server, t
         return "400" if prompt in lost else "ok"
 
     server.script = script
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "lrmt.cli"]
-    command += ["evaluate", "--adapter_path", str(adapter), "--output_dir", str(tmp_path / "out"), "--baseline", "api"]
-    environment = os.environ | {"PYTHONPATH": str(TINY.parents[2]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, *flags.split()], capture_output=True, text=True, timeout=300, env=environment, cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "stub failed on passkey, 1 segments: Error code: 400" in done.stdout
+    command = ["evaluate", "--adapter_path", adapter, "--output_dir", tmp_path / "out", "--baseline", "api"]
+    told = [rank.stdout for rank in run_ranks("lrmt.cli", *command, *flags.split(), cwd=tmp_path)]
+    assert "stub failed on passkey, 1 segments: Error code: 400" in told[0] and "stub failed" not in told[1]
     assert len(server.requests) == 9 and server.most_in_flight <= 4
     server.requests.clear()
     server.script = lambda prompt: "ok"

@@ -2,10 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +9,7 @@ import pytest
 import torch
 from evaluation_fakes import EOS
 from peft import LoraConfig, get_peft_model
+from processes import run_ranks
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import lrmt
@@ -291,15 +288,10 @@ def test_from_an_adapter_to_its_files(adapters, book, tmp_path, capsys, monkeypa
 def test_two_processes_give_what_one_gives(adapters, book, tmp_path):
     flags = "--task perplexity --lengths 1 2 --num_samples 5 --batch_size 2"
     assert evaluate(adapters["rmt"], flags, "--text_path", book, "--output_dir", tmp_path / "one") == 0
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "lrmt.cli"]
-    command += ["evaluate", "--adapter_path", adapters["rmt"], *flags.split(), "--text_path", book]
-    environment = os.environ | {"PYTHONPATH": str(Path(lrmt.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*map(str, command), "--output_dir", str(tmp_path / "two")],
-        capture_output=True, text=True, timeout=300, env=environment, cwd=tmp_path,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("perplexity.json and") == 1  # one of them writes, and tells
+    command = ["evaluate", "--adapter_path", adapters["rmt"], *flags.split(), "--text_path", book]
+    ranks = run_ranks("lrmt.cli", *command, "--output_dir", tmp_path / "two", cwd=tmp_path)
+    told = [rank.stdout.count("perplexity.json and") for rank in ranks]
+    assert told == [1, 0]  # one of them writes, and tells
     one, two = ((tmp_path / name / "perplexity.json").read_text() for name in ("one", "two"))
     assert json.loads(two) == json.loads(one)
     assert sorted(p.name for p in (tmp_path / "two").iterdir()) == [
