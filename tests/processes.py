@@ -79,8 +79,8 @@ def run(program, *flags, **how) -> Program:
 def run_ranks(program, *flags, config: str | None = None, seconds: float = 600, **how) -> list[Program]:
     """Two CPU ranks of a program, run to their ends, with what `accelerate launch` would tell them; `config`: a file of ds_configs."""
     port = str(free_port())
-    told = {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    told |= {"LOCAL_WORLD_SIZE": "2"} | ({} if config is None else _told_by(f"ds_configs/{config}.yaml"))
+    told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    told |= {} if config is None else _told_by(f"ds_configs/{config}.yaml")
     ranks = [Program(program, *flags, RANK=str(r), LOCAL_RANK=str(r), **told, **how) for r in range(2)]
     limit = time.monotonic() + seconds
     while any(rank.running for rank in ranks) and time.monotonic() < limit:
@@ -104,7 +104,7 @@ def _told_by(config: str) -> dict[str, str]:
     fields = [*defaults.deepspeed_config, *["mixed_precision"] * mixed]
     args.deepspeed_fields_from_accelerate_config = ",".join(fields)
     environment = prepare_deepspeed_cmd_env(args)[1]
-    return {k: v for k, v in environment.items() if os.environ.get(k) != v and not k.startswith("MASTER_")}
+    return {k: v for k, v in environment.items() if os.environ.get(k) != v and k != "PYTHONPATH"}
 
 
 def free_port() -> int:

@@ -2,26 +2,21 @@
 
 import json
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from processes import ROOT, run
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lrmt.models import RmtForCausalLM
 from lrmt.tasks import prose
 
-ROOT = Path(__file__).parents[1]
 TOY = ["--hidden_size", "64", "--layers", "1", "--segment_length", "48", "--vocabulary", "64"]
 WIDTH, LENGTH, MEMORY = 32, 24, 4
 
 
 def run_benchmark(name, tmp_path, *flags):
-    command = [sys.executable, f"benchmarks/{name}.py", *TOY, *flags, "--output_dir", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = run(ROOT / "benchmarks" / f"{name}.py", *TOY, *flags, "--output_dir", tmp_path)
     report = json.loads((tmp_path / f"{name}.json").read_text())
     assert all(key in done.stdout for key in report["rows"][0])
     return report
@@ -54,34 +49,21 @@ def test_throughput_runs(tmp_path):
 def test_babilong_generation_runs(tmp_path):
     (tmp_path / "book.txt").write_text("\n".join(prose.write(900, 0)))
     flags = f"--lengths 2k 20k --plain_tokens 2000 --rounds 1 --background_dir {tmp_path} --output_dir {tmp_path}"
-    command = [sys.executable, "benchmarks/babilong_generation.py", *flags.split()]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run(ROOT / "benchmarks" / "babilong_generation.py", *flags.split())
     short, long = json.loads((tmp_path / "babilong_generation.json").read_text())["rows"]
     assert (short["tokens"], long["tokens"]) == (2000, 20000)
     assert short["plain_seconds"] > short["text_seconds"] > 0 and math.isnan(long["plain_seconds"])
 
 
 def test_landmark_benchmarks_run(tmp_path):
-    def run(name, *flags):
-        command = [
-            sys.executable,
-            f"benchmarks/{name}.py",
-            "--hidden_size",
-            "64",
-            "--layers",
-            "1",
-            "--rounds",
-            "1",
-            *flags,
-        ]
-        done = subprocess.run([*command, "--output_dir", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+    def measure(name, *flags):
+        small = ["--hidden_size", "64", "--layers", "1", "--rounds", "1", "--output_dir", tmp_path]
+        run(ROOT / "benchmarks" / f"{name}.py", *small, *flags)
         return json.loads((tmp_path / f"{name}.json").read_text())["rows"]
 
-    rows = run("landmark_throughput", "--tokens", "96", "--block_length", "8")
+    rows = measure("landmark_throughput", "--tokens", "96", "--block_length", "8")
     assert [r["attention"] for r in rows] == ["full", "landmark"] and all(r["tokens_per_second"] > 0 for r in rows)
-    rows = run("landmark_read", "--tokens", "9000", "27000", "--block_length", "4", "--context_length", "128")
+    rows = measure("landmark_read", "--tokens", "9000", "27000", "--block_length", "4", "--context_length", "128")
     if not torch.cuda.is_available():  # tensors are counted exactly: what is not stored may not grow
         assert rows[1]["near_ratio"] < 1.05 and rows[1]["blocks_mib"] >= 2 * rows[0]["blocks_mib"]
 

@@ -1,12 +1,11 @@
 """Recipes and their YAML files: every one parses, says how it is launched, and plans without touching the disk."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from processes import Program
 from transformers import LlamaConfig
 
 from lrmt.models import METHODS, RecurrentModel
@@ -160,8 +159,7 @@ def test_dry_run_of_a_model_whose_weights_are_elsewhere(run_recipe, tmp_path, mo
 
 def test_recipe_is_runnable_from_anywhere(tmp_path):
     """And a mistake is told in seconds, by exit code 2, in one line."""
-    command = [sys.executable, ROOT / "recipes" / "rmt_mistral.py", "--segment_lenght", "64"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2
+    done = Program(ROOT / "recipes" / "rmt_mistral.py", "--segment_lenght", "64", cwd=tmp_path)
+    assert done.wait() == 2
     assert done.stderr == "lrmt: error: unknown flag `--segment_lenght`; did you mean `--segment_length`?\n"
     assert list(tmp_path.iterdir()) == []

@@ -6,7 +6,6 @@ The backbone is random: on a pretrained one of this size bf16 rounding alone mov
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from distributed_worker import train_with
+from processes import free_port, run_ranks
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
@@ -34,19 +34,13 @@ CURRICULUM = (
 ).split()
 
 
-def free_port() -> str:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
-
-
-def launch(config: str, script: str, *flags, timeout: int = 600, method: str = "rmt") -> str:
+def launch(config: str, script: str, *flags, timeout: int = 600) -> str:
     """What `accelerate launch` with a shipped config prints; ends the launcher, and so its ranks, after `timeout` seconds."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"ds_configs/{config}.yaml"]
-    command += ["--main_process_port", free_port(), script, *map(str, flags)]
+    command += ["--main_process_port", str(free_port()), script, *map(str, flags)]
     process = subprocess.Popen(
-        command, cwd=ROOT, env=ENVIRONMENT | {"METHOD": method}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )  # fmt: skip
+        command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -91,8 +85,8 @@ def sharded(backbone, tmp_path_factory):
     """The folder and the two ranks' records of a ZeRO-3 run."""
     folder = tmp_path_factory.mktemp("zero3") / "run"
     flags = [*CURRICULUM, *batch(8), "--model_name_or_path", backbone, "--output_dir", folder]
-    output = launch("zero3_2cpu", WORKER, *flags)
-    assert "`torch.distributed" not in output  # one deprecation warning per collective
+    told = "".join(rank.stdout + rank.stderr for rank in run_ranks(WORKER, *flags, config="zero3_2cpu"))
+    assert "`torch.distributed" not in told  # one deprecation warning per collective
     return folder, ranks_of(folder)
 
 
@@ -210,7 +204,7 @@ def test_landmark_attention_trains_saves_and_reloads(backbone, tmp_path):
     flags = "--block_length 16 --context_length 200 --top_k 2 --train_top_k 2 --stage_max_steps 8 --eval_samples 16 --eval_steps 8 "
     flags += "--logging_steps 1 --dtype bfloat16 --bf16 true --learning_rate 2.5e-3 --warmup_steps 2"
     flags = [*flags.split(), *batch(8), "--model_name_or_path", backbone, "--output_dir", tmp_path / "run"]
-    launch("zero3_2cpu", WORKER, *flags, method="landmark")
+    run_ranks(WORKER, *flags, config="zero3_2cpu", METHOD="landmark")
     record, other = ranks_of(tmp_path / "run")
     assert record["engine"] == "DeepSpeedEngine" and record["stage"] == 3
     losses = curve(record["log"])
@@ -231,8 +225,10 @@ def test_landmark_attention_trains_saves_and_reloads(backbone, tmp_path):
 
 
 def test_dry_run_under_zero3(tmp_path):
-    output = launch("zero3_2cpu", "recipes/rmt_llama.py", "--dry_run", "true", "--output_dir", tmp_path / "run")
-    assert output.count("ZeRO stage 3, 2 ranks") == 1 and "every rank holds the whole backbone" in output
+    flags = ["--dry_run", "true", "--output_dir", tmp_path / "run"]
+    told, silent = (rank.stdout for rank in run_ranks("recipes/rmt_llama.py", *flags, config="zero3_2cpu"))
+    assert told.count("ZeRO stage 3, 2 ranks") == 1 and "every rank holds the whole backbone" in told
+    assert "ZeRO" not in silent
     assert not (tmp_path / "run").exists()
 
 
@@ -241,7 +237,7 @@ def test_zero2_accumulates(backbone, tmp_path):
     flags = ["--curriculum_stages", "2", "--stage_max_steps", "3", "--eval_samples", "8", "--logging_steps", "1"]
     flags += ["--vary_lengths", "false", "--dtype", "float32", "--bf16", "false", "--model_name_or_path", str(backbone)]
     flags += ["--memory_noise", "0"]  # which depends on how a batch is cut
-    launch("zero2_2cpu", WORKER, *flags, *batch(4, 2), "--output_dir", tmp_path / "two")
+    run_ranks(WORKER, *flags, *batch(4, 2), "--output_dir", tmp_path / "two", config="zero2_2cpu")
     records = ranks_of(tmp_path / "two")
     assert records[0]["stage"] == 2
     log = train_with([*flags, *batch(16), "--output_dir", str(tmp_path / "one")]).state.log_history
@@ -285,7 +281,7 @@ finally:
 
 
 def test_guard_ends_every_rank(tmp_path):
-    environment = ENVIRONMENT | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
+    environment = ENVIRONMENT | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", GUARD], env=environment | {"RANK": str(rank)},

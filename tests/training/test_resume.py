@@ -1,24 +1,21 @@
 """`kill -9` in the middle of a stage, then resume: the run is the one that was never interrupted."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from processes import Program, run
 from safetensors.torch import load_file
 
 from lrmt.errors import UsageError
 from lrmt.training.trainer import LongContextTrainer
 
 ROOT = Path(__file__).parents[2]
-ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-RECIPE = [sys.executable, str(ROOT / "recipes" / "rmt_llama.py")]
+RECIPE = ROOT / "recipes" / "rmt_llama.py"
 STAGE_STEPS, KILLED_AT = (6, 12), 12
 
 
@@ -47,22 +44,13 @@ def flags(backbones, small_flags):
 def killed(flags, tmp_path_factory):
     """The folder of a run killed in stage 2, and a copy of it from before anything went on."""
     folder = tmp_path_factory.mktemp("killed") / "run"
-    with subprocess.Popen(
-        [*RECIPE, *flags, "--output_dir", folder],
-        env=ENVIRONMENT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        deadline = time.monotonic() + 240
-        while not (folder / f"checkpoint-{KILLED_AT}" / "curriculum.json").exists():
-            if process.poll() is not None or time.monotonic() > deadline:
-                process.kill()
-                pytest.fail(f"no checkpoint {KILLED_AT}: {process.stderr.read()[-3000:]}")
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert process.returncode == -signal.SIGKILL
+    program, deadline = Program(RECIPE, *flags, "--output_dir", folder), time.monotonic() + 240
+    while not (folder / f"checkpoint-{KILLED_AT}" / "curriculum.json").exists():
+        if not program.running or time.monotonic() > deadline:
+            program.kill()
+            pytest.fail(f"no checkpoint {KILLED_AT}: {program.stderr[-3000:]}")
+        time.sleep(0.002)
+    assert program.kill() == -signal.SIGKILL
     assert not (folder / "adapter_model.safetensors").exists()
     return folder
 
@@ -71,7 +59,7 @@ def killed(flags, tmp_path_factory):
 def whole(flags, tmp_path_factory):
     """The folder of the same run, never interrupted."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    subprocess.run([*RECIPE, *flags, "--output_dir", folder], env=ENVIRONMENT, check=True, capture_output=True)
+    run(RECIPE, *flags, "--output_dir", folder)
     return folder
 
 
@@ -87,14 +75,12 @@ def test_killed_and_resumed_equals_uninterrupted(killed, whole, flags):
     (cut / "curriculum.json").unlink()
     (cut / "optimizer.pt").write_bytes((cut / "optimizer.pt").read_bytes()[:100])
 
-    by_name = [*RECIPE, *flags, "--output_dir", killed, "--resume_from_checkpoint", cut]
-    refused = subprocess.run(by_name, env=ENVIRONMENT, capture_output=True, text=True)
-    assert refused.returncode == 2
+    refused = Program(RECIPE, *flags, "--output_dir", killed, "--resume_from_checkpoint", cut)
+    assert refused.wait() == 2
     assert refused.stderr.startswith("lrmt: error: `--resume_from_checkpoint`") and refused.stderr.count("\n") == 1
     assert "half-written, curriculum.json is missing" in refused.stderr
 
-    resumed = [*RECIPE, *flags, "--output_dir", killed, "--resume_from_checkpoint", "true"]
-    output = subprocess.run(resumed, env=ENVIRONMENT, check=True, capture_output=True, text=True).stdout
+    output = run(RECIPE, *flags, "--output_dir", killed, "--resume_from_checkpoint", "true").stdout
     assert "stage 2 of 2" in output and "stage 1 of 2" not in output
 
     last = f"checkpoint-{sum(STAGE_STEPS)}"
