@@ -138,7 +138,7 @@ def test_ranks_share_the_texts(model, monkeypatch, num_samples):
     shares = []
     for rank in range(3):
         monkeypatch.setattr(
-            grid, "PartialState", lambda rank=rank: SimpleNamespace(process_index=rank, num_processes=3)
+            grid, "this_rank", lambda rank=rank: SimpleNamespace(process_index=rank, num_processes=3)
         )
         monkeypatch.setattr(module, "gather_object", lambda share: measured.append(share) or share)
         measured.clear()
