@@ -140,12 +140,18 @@ class CurriculumArguments:
     vary_lengths: bool = flag(True, "Stage n draws --min_segments..n segments per step; off: always n.")
     min_segments: int = flag(1, "Shortest text that --vary_lengths draws, in segments.")
     stage_lr_decay: float = flag(1.0, "Peak learning rate of a stage as a share (0..1] of that of the stage before.")
+    notes_weight: list[float] = flag(
+        [0.0],
+        "Weight in the loss of what the memory says of the text so far, in each stage (one number: in all); 0: the answer's loss alone.",
+    )
     eval_samples: int = flag(
         64, "Held-out samples per evaluation, over all ranks; rounded up to whole evaluation batches."
     )
 
     def __post_init__(self):
         _check_counts(self, "eval_samples")
+        if any(not weight >= 0 for weight in self.notes_weight):
+            raise UsageError(f"`--notes_weight` must be 0 or more; got {self.notes_weight}")
         if not 0 < self.stage_lr_decay <= 1:
             raise UsageError(f"`--stage_lr_decay` must lie in (0, 1]; got {self.stage_lr_decay}. 1 keeps the peak")
 

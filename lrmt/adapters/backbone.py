@@ -22,8 +22,8 @@ from transformers.pytorch_utils import Conv1D
 
 from lrmt.adapters.find import FLAG, check_files, resolve_backbone, shipped_backbones
 from lrmt.errors import UsageError, one_line
-from lrmt.models.base import gathered
 from lrmt.models.config import LongContextConfig
+from lrmt.models.weights import gathered
 
 
 def read_backbone_config(

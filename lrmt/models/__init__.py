@@ -1,9 +1,11 @@
 """Memory methods: tensors in, tensors out."""
 
-from lrmt.models.base import LongContextModel, LongContextOutput, Span
-from lrmt.models.config import LongContextConfig
+from lrmt.models.base import LongContextModel
+from lrmt.models.config import LongContextConfig, RecurrentConfig
 from lrmt.models.landmark import LandmarkConfig, LandmarkForCausalLM, LandmarkState
-from lrmt.models.recurrent import RecurrentConfig, RecurrentModel, RecurrentState
+from lrmt.models.memory import RecurrentState
+from lrmt.models.outputs import LongContextOutput, Span
+from lrmt.models.recurrent import RecurrentModel
 from lrmt.models.rmt import RmtConfig, RmtForCausalLM
 from lrmt.models.state import State
 

@@ -2,62 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import logging
 import os
-from contextlib import nullcontext
-from typing import ClassVar, NamedTuple
+from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
-from transformers.utils import ModelOutput
 
 from lrmt.errors import UsageError
 from lrmt.models import scoring
 from lrmt.models.config import LongContextConfig
+from lrmt.models.notes import Notes
+from lrmt.models.outputs import Encoded, LongContextOutput, Text
 from lrmt.models.state import State
+from lrmt.models.weights import gathered, in_use
 
 generation_logger = logging.getLogger("transformers.generation.configuration_utils")
-
-
-class Span(NamedTuple):
-    """A stretch of the text that was read from memory: tokens `start` to `end` (the one after the last), the `number`-th block or
-    segment, with `weight`, its share (0..1) of the attention in a layer, averaged over heads.
-    """
-
-    layer: int
-    number: int
-    start: int
-    end: int
-    weight: float
-
-
-@dataclasses.dataclass
-class LongContextOutput(ModelOutput):
-    """`loss` scalar; `logits` `[B, T, V]`, or `[N, V]` for the N scored positions when labels are given; `state`."""
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    state: State | None = None
-
-
-class Text(NamedTuple):
-    """What a model is given, checked, on its device, with what the state wants read again in front of it.
-
-    `ids`, `labels` `[B, T]`; `mask [B, T]` bool, None without padding; `state` for this batch; `before`, how many columns come
-    from the state; `padded`, whether there is padding among the others.
-    """
-
-    ids: Tensor
-    mask: Tensor | None
-    labels: Tensor | None
-    state: State | None
-    before: int
-    padded: bool
 
 
 class LongContextModel(PreTrainedModel, GenerationMixin):
@@ -67,6 +32,8 @@ class LongContextModel(PreTrainedModel, GenerationMixin):
     state_class: ClassVar[type[State]]
     #: config fields on which a state depends
     state_settings: ClassVar[tuple[str, ...]] = ()
+    #: those that came later: their defaults leave the states of before as they were
+    later_state_settings: ClassVar[tuple[str, ...]] = ()
     #: submodules that train in full beside LoRA (PEFT's `modules_to_save`)
     memory_modules: ClassVar[list[str]] = []
     main_input_name = "input_ids"
@@ -113,8 +80,19 @@ class LongContextModel(PreTrainedModel, GenerationMixin):
             AutoConfig.register(cls.config_class.model_type, cls.config_class, exist_ok=True)
             AutoModelForCausalLM.register(cls.config_class, cls, exist_ok=True)
 
+    def fit(self, texts: Callable[[], Tensor]) -> str:
+        """Called once before training, with what makes ids `[N, T]` of plain text: what a method fits to its backbone, told in a line."""
+        return ""
+
     def on_progress(self, share: float) -> None:
         """Told at every training step: how far the curriculum is, 0 in its first stage, 1 in its last."""
+
+    def training_state(self) -> dict[str, Tensor]:
+        """What a checkpoint must keep of the running training besides weights, on each rank."""
+        return {}
+
+    def load_training_state(self, tensors: dict[str, Tensor]) -> None:
+        """Takes up what `training_state` gave."""
 
     def log_values(self) -> dict[str, float]:
         """What the last training forward leaves for the log, by name."""
@@ -126,9 +104,15 @@ class LongContextModel(PreTrainedModel, GenerationMixin):
         """
         raise UsageError(f"a {self.config.model_type} model does not tell what it reads")
 
-    def num_backbone_calls(self, input_ids: Tensor, attention_mask: Tensor | None = None, labels=None) -> int:
+    def num_backbone_calls(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels=None, notes: Notes | None = None
+    ) -> int:
         """How often `forward` runs the backbone on this batch: what must agree between ranks."""
         return 1
+
+    def num_notes(self, notes: Notes, input_ids: Tensor, attention_mask: Tensor | None = None, labels=None) -> int:
+        """How many tokens of the notes `forward` scores on this batch."""
+        return 0
 
     def find_fault(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> str:
         """Where a text whose loss is not finite goes wrong, in words that name a segment. Every rank calls it together, and runs
@@ -139,8 +123,13 @@ class LongContextModel(PreTrainedModel, GenerationMixin):
     # ------------------------------------------------------------------ what a method writes
 
     def encode(
-        self, input_ids: Tensor, mask: Tensor | None, wanted: Tensor | None, state: State | None
-    ) -> tuple[Tensor, State | None]:
+        self,
+        input_ids: Tensor,
+        mask: Tensor | None,
+        wanted: Tensor | None,
+        state: State | None,
+        notes: Notes | None = None,
+    ) -> Encoded:
         """Reads a text.
 
         Args:
@@ -148,9 +137,7 @@ class LongContextModel(PreTrainedModel, GenerationMixin):
             wanted: `[B, T]` bool, the tokens whose last hidden states are wanted. None: none, the state is.
             state: what was read before, of this batch.
 
-        Returns:
-            Hidden states `[N, d]` of the wanted tokens, row by row (of none of them an empty tensor that still hangs on what was
-            computed), and the state after the text, unsigned, where `wanted` is None.
+            notes: what the written memory should say, where it is asked.
         """
         raise NotImplementedError(f"{type(self).__name__} must say how it reads a text: `encode`")
 
@@ -167,6 +154,7 @@ class LongContextModel(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         state: State | None = None,
         logits_to_keep: int = 0,
+        notes: Notes | None = None,
         **kwargs,
     ) -> LongContextOutput:
         """Reads a text and scores it.
@@ -175,10 +163,12 @@ class LongContextModel(PreTrainedModel, GenerationMixin):
             input_ids: `[B, T]`, any length, on any device. attention_mask: `[B, T]`; a padded batch equals its rows alone.
             labels: `[B, T]`, -100 where nothing is scored, unshifted. Logits are then computed for scored positions only.
             state: what was read before; the text goes on from there, and the state stays as it is.
+            notes: with labels, what the memory should say along the way; refused by a method that writes nothing readable.
             logits_to_keep: without labels, the last so many positions of each row only; 0 gives all.
 
         Returns:
-            With labels: `loss` (mean over scored positions) and `logits [N, V]`, row by row. Without: `logits [B, T, V]` or
+            With labels: `loss` (mean over scored positions) and `logits [N, V]`, row by row, and what the `notes` cost. Without:
+            `logits [B, T, V]` or
             `[B, logits_to_keep, V]`, and with `logits_to_keep=1`, which has no gradients, the `state` that generation goes on from.
 
         Raises:
@@ -186,6 +176,11 @@ class LongContextModel(PreTrainedModel, GenerationMixin):
         """
         if not isinstance(logits_to_keep, int) or logits_to_keep < 0:
             raise ValueError(f"`logits_to_keep` must be a whole number, 0 (all) or more; got {logits_to_keep}")
+        if notes is not None and not (labels is not None and state is None and self.config.note_length):
+            raise UsageError(
+                f"notes are for training on whole texts with labels, by a method that writes memory tokens; got them for "
+                f"{self.config.model_type}. Set `--notes_weight 0`"
+            )
         text = self._open(input_ids, attention_mask, labels, state)
         if labels is None and logits_to_keep == 1:
             with torch.no_grad():
@@ -193,13 +188,14 @@ class LongContextModel(PreTrainedModel, GenerationMixin):
                 logits = self.get_output_embeddings()(hidden[:, None])
             return LongContextOutput(logits=logits, state=self._signed(state))
         wanted = self._wanted(text, logits_to_keep)
-        hidden, _ = self.encode(text.ids, text.mask, wanted, text.state)
+        asked = {} if notes is None else {"notes": notes.to(self.device)}
+        hidden, _, told = self.encode(text.ids, text.mask, wanted, text.state, **asked)
         if labels is None:
             logits = self.get_output_embeddings()(hidden)
             return LongContextOutput(logits=scoring.lay_out(logits, wanted[:, text.before :], logits_to_keep))
         targets = scoring.next_tokens(text.labels, text.mask)
         loss, logits = scoring.cross_entropy(self.get_output_embeddings(), hidden, targets[wanted])
-        return LongContextOutput(loss=loss, logits=logits)
+        return LongContextOutput(loss=loss, logits=logits, notes=told)
 
     @torch.no_grad()
     def read(self, input_ids: Tensor, attention_mask: Tensor | None = None, state: State | None = None) -> State:
@@ -212,7 +208,7 @@ class LongContextModel(PreTrainedModel, GenerationMixin):
             The state, from which `forward`, `read` and `generate` go on as if the whole text had been given at once.
         """
         text = self._open(input_ids, attention_mask, None, state)
-        return self._signed(self.encode(text.ids, text.mask, None, text.state)[1])
+        return self._signed(self.encode(text.ids, text.mask, None, text.state).state)
 
     def generate(self, inputs=None, generation_config=None, **kwargs):
         """transformers' `generate` (prompt and new ids are returned), plus `state`: a text read before the prompt."""
@@ -334,6 +330,9 @@ class LongContextModel(PreTrainedModel, GenerationMixin):
             return self._fingerprint[1]
         settings = [self.config.model_type, self.config.backbone_config.model_type]
         settings += [getattr(self.config, name) for name in self.state_settings]
+        fields = type(self.config).__dataclass_fields__
+        later = {name: getattr(self.config, name) for name in self.later_state_settings}
+        settings += [[name, value] for name, value in later.items() if value != fields[name].default]
         digest = hashlib.sha256(json.dumps(settings).encode())
         with gathered(*weights, embeddings):
             for tensor in [*weights, embeddings[:4]]:
@@ -361,20 +360,3 @@ class LongContextModel(PreTrainedModel, GenerationMixin):
             theirs = metadata.get("fingerprint", "none")
             raise UsageError(f"state {path} was made by another model ({theirs}, this is {mine}); read the text again")
         return self.state_class.from_tensors(tensors, mine, self)
-
-
-def in_use(module: nn.Module) -> nn.Module:
-    """The module itself or, of PEFT's wrapper of `modules_to_save`, the copy that is active."""
-    if not hasattr(module, "modules_to_save"):
-        return module
-    active = [name for name in module.active_adapters if name in module.modules_to_save]
-    return module.modules_to_save[active[0]] if active and not module.disable_adapters else module.original_module
-
-
-def gathered(*parameters: Tensor):
-    """The full values of parameters that ZeRO-3 may have partitioned, for as long as the context lasts."""
-    if any(hasattr(p, "ds_id") for p in parameters):
-        import deepspeed
-
-        return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=None)
-    return nullcontext()

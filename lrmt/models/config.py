@@ -1,11 +1,15 @@
-"""What every method's config has, and what training, plans and flags ask of it."""
+"""What every method's config has, what every recurrent one has, and what training, plans and flags ask of them."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 from transformers import AutoConfig, PreTrainedConfig
+
+from lrmt.errors import UsageError
+from lrmt.flags import flag
+from lrmt.models.handover import KINDS
 
 
 class LongContextConfig(PreTrainedConfig):
@@ -68,6 +72,9 @@ class LongContextConfig(PreTrainedConfig):
         """What a training step keeps of a text of so many segments, for the estimate of memory."""
         return Activations(self.segment_length, num_segments, 0)
 
+    #: vectors of the written memory that notes can be asked of; none: the method takes no notes
+    note_length = 0
+
     @property
     def span_length(self) -> int:
         """Tokens of the spans that `recording` tells of; a text that is shorter has none."""
@@ -85,3 +92,82 @@ class Activations(NamedTuple):
     positions: int
     live: int
     carried: int
+
+
+class RecurrentConfig(LongContextConfig):
+    """What every recurrent method has. Noise on the memory: noisy RNNs, Lim et al. 2021, 2102.04877."""
+
+    segment_length: int = flag(1024, "Tokens per segment L.")
+    bptt_segments: int | None = flag(None, "Gradients of a segment's loss reach this many segments; default: all.")
+    segment_alignment: Literal["left", "right"] = flag(
+        "left", "left: the last segment is the short one; right: the first."
+    )
+    memory_handover: Literal["identity", "scaled", "aligned", "tokens"] = flag(
+        "identity",
+        "What the next segment reads of a hidden state that one has written. identity: the state itself; scaled: to the size of "
+        "token embeddings; aligned: mapped, by a fitted matrix, to the embedding of what the head would say; tokens: the mean "
+        "embedding of what the head says.",
+    )
+    memory_shift: bool = flag(
+        False,
+        "Each vector that is written is read one place on, after M_0's first: as a decoder, which says at each place what stands at "
+        "the next, copies what it has read.",
+    )
+    state_passing: float = flag(
+        0.0,
+        "Share of the training texts, from the second stage on, that begin from the memory that one of the step before has left, so "
+        "that memories of any age are read and handed on.",
+    )
+    checkpoint_segments: bool = flag(
+        True, "Recompute segments in the backward pass: memory does not grow with their number."
+    )
+    memory_noise: float = flag(
+        0.0,
+        "Noise on the memory in training, as a share of its size, so that it does not drift over longer texts; grows from none "
+        "in the first stage to this in the last.",
+    )
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if self.segment_length < 1:
+            raise UsageError(f"`--segment_length` must be 1 or more; got {self.segment_length}")
+        if self.bptt_segments is not None and self.bptt_segments < 1:
+            raise UsageError(f"`--bptt_segments` must be 1 or more, or left out; got {self.bptt_segments}")
+        if not 0 <= self.state_passing <= 1:
+            raise UsageError(f"`--state_passing` must lie in [0, 1]; got {self.state_passing}")
+        if self.memory_noise < 0:
+            raise UsageError(f"`--memory_noise` must be 0 or more; got {self.memory_noise}. 0 leaves it out")
+        if self.memory_handover not in KINDS:
+            raise UsageError(f"`--memory_handover` must be one of {', '.join(KINDS)}; got {self.memory_handover}")
+        if self.segment_alignment not in ("left", "right"):
+            raise UsageError(f"`--segment_alignment` must be left or right; got {self.segment_alignment}")
+        window = getattr(self.backbone_config, "max_position_embeddings", None)
+        if window is not None and self.positions > window:
+            self.refuse_window(window)
+
+    @property
+    def positions(self) -> int:
+        """Positions of a segment with what stands before and after its tokens."""
+        return self.segment_length
+
+    def refuse_window(self, window: int) -> None:
+        """Raises `UsageError` for segments that do not fit into the backbone's window."""
+        raise UsageError(
+            f"`--segment_length` must fit into the backbone's window of {window} positions; got {self.segment_length} tokens, "
+            f"{self.positions} positions. Lower it to {self.segment_length - self.positions + window} or less"
+        )
+
+    def matters_to_training(self) -> dict[str, object]:
+        return {k: v for k, v in super().matters_to_training().items() if k != "checkpoint_segments"}
+
+    def check_training(self, num_segments: int, *, num_ranks: int = 1, task: str = "", use_peft: bool = True) -> None:
+        if self.bptt_segments and num_ranks > 1 and task == "dataset" and self.segment_alignment == "left":
+            # an answer that crosses the end of a segment is two windows, and other ranks may have one
+            raise UsageError(
+                f"`--bptt_segments` {self.bptt_segments} on several ranks needs every answer within one segment, which "
+                "your own rows have with `--segment_alignment right`; got left"
+            )
+
+    def activations(self, num_segments: int) -> Activations:
+        live = 1 if self.checkpoint_segments else min(num_segments, self.bptt_segments or num_segments)
+        return Activations(self.positions, live, 0)

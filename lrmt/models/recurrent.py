@@ -6,137 +6,27 @@ import copy
 import dataclasses
 import inspect
 import math
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map, tree_map_with_path
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel
 
 from lrmt.errors import UsageError
-from lrmt.flags import flag
-from lrmt.models.base import LongContextModel, Text
-from lrmt.models.config import Activations, LongContextConfig
+from lrmt.models.base import LongContextModel
+from lrmt.models.config import RecurrentConfig
+from lrmt.models.handover import HandOver, states_and_embeddings
+from lrmt.models.memory import Memory, RecurrentState, choose, root_mean_square
+from lrmt.models.notes import collect, score
+from lrmt.models.outputs import Encoded, Text
+from lrmt.models.passing import Passed
+from lrmt.models.scoring import IGNORED
 from lrmt.models.segments import Grid, Segment, pad_left
 from lrmt.models.state import State
-
-#: a tree of tensors, each with the batch first
-Memory = Any
-
-
-class RecurrentConfig(LongContextConfig):
-    """What every recurrent method has. Noise on the memory: noisy RNNs, Lim et al. 2021, 2102.04877."""
-
-    segment_length: int = flag(1024, "Tokens per segment L.")
-    bptt_segments: int | None = flag(None, "Gradients of a segment's loss reach this many segments; default: all.")
-    segment_alignment: Literal["left", "right"] = flag(
-        "left", "left: the last segment is the short one; right: the first."
-    )
-    checkpoint_segments: bool = flag(
-        True, "Recompute segments in the backward pass: memory does not grow with their number."
-    )
-    memory_noise: float = flag(
-        0.0,
-        "Noise on the memory in training, as a share of its size, so that it does not drift over longer texts; grows from none "
-        "in the first stage to this in the last.",
-    )
-
-    def __post_init__(self, **kwargs):
-        super().__post_init__(**kwargs)
-        if self.segment_length < 1:
-            raise UsageError(f"`--segment_length` must be 1 or more; got {self.segment_length}")
-        if self.bptt_segments is not None and self.bptt_segments < 1:
-            raise UsageError(f"`--bptt_segments` must be 1 or more, or left out; got {self.bptt_segments}")
-        if self.memory_noise < 0:
-            raise UsageError(f"`--memory_noise` must be 0 or more; got {self.memory_noise}. 0 leaves it out")
-        if self.segment_alignment not in ("left", "right"):
-            raise UsageError(f"`--segment_alignment` must be left or right; got {self.segment_alignment}")
-        window = getattr(self.backbone_config, "max_position_embeddings", None)
-        if window is not None and self.positions > window:
-            self.refuse_window(window)
-
-    @property
-    def positions(self) -> int:
-        """Positions of a segment with what stands before and after its tokens."""
-        return self.segment_length
-
-    def refuse_window(self, window: int) -> None:
-        """Raises `UsageError` for segments that do not fit into the backbone's window."""
-        raise UsageError(
-            f"`--segment_length` must fit into the backbone's window of {window} positions; got {self.segment_length} tokens, "
-            f"{self.positions} positions. Lower it to {self.segment_length - self.positions + window} or less"
-        )
-
-    def matters_to_training(self) -> dict[str, object]:
-        return {k: v for k, v in super().matters_to_training().items() if k != "checkpoint_segments"}
-
-    def check_training(self, num_segments: int, *, num_ranks: int = 1, task: str = "", use_peft: bool = True) -> None:
-        if self.bptt_segments and num_ranks > 1 and task == "dataset" and self.segment_alignment == "left":
-            # an answer that crosses the end of a segment is two windows, and other ranks may have one
-            raise UsageError(
-                f"`--bptt_segments` {self.bptt_segments} on several ranks needs every answer within one segment, which "
-                "your own rows have with `--segment_alignment right`; got left"
-            )
-
-    def activations(self, num_segments: int) -> Activations:
-        live = 1 if self.checkpoint_segments else min(num_segments, self.bptt_segments or num_segments)
-        return Activations(self.positions, live, 0)
-
-
-@dataclasses.dataclass
-class RecurrentState(State):
-    """Memory and the running segment, whose memory is written when the token after it arrives.
-
-    `memory`: a tree of tensors, batch first; `pending_ids [B, P]`, padded on the right, with `pending_length [B]` in 0..L;
-    `num_tokens [B]` read.
-    """
-
-    memory: Memory
-    pending_ids: Tensor
-    pending_length: Tensor
-    num_tokens: Tensor
-
-    def unread(self) -> tuple[Tensor, Tensor]:
-        return self.pending_ids, self.pending_mask()
-
-    def pending_mask(self) -> Tensor:
-        return torch.arange(self.pending_ids.shape[1], device=self.pending_ids.device) < self.pending_length[:, None]
-
-    @property
-    def batch_size(self) -> int:
-        return len(self.num_tokens)
-
-    @property
-    def device(self) -> torch.device:
-        return self.num_tokens.device
-
-    def expand(self, batch_size: int) -> RecurrentState:
-        times = self._times(batch_size)
-        if times == 1:
-            return self
-        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)[2:]}
-        rows = tree_map(lambda t: t.repeat_interleave(times, dim=0), given)
-        return dataclasses.replace(self, **rows, cache=None)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """By name; the leaves of a memory that is no single tensor as `memory.…`, each by its path."""
-        leaves = {_name(path): leaf for path, leaf in tree_flatten_with_path(self.memory)[0]}
-        names = ("pending_ids", "pending_length", "num_tokens")
-        return leaves | {name: getattr(self, name) for name in names}
-
-    @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor], fingerprint: str, model: RecurrentModel) -> RecurrentState:
-        tensors = {name: tensor.to(model.device) for name, tensor in tensors.items()}
-        with torch.no_grad():  # of the same structure as any memory of the model
-            memory = tree_map_with_path(lambda path, _: tensors.pop(_name(path)), model.start(1))
-        return cls(fingerprint=fingerprint, cache=None, memory=memory, **tensors)
-
-
-def _name(path: tuple) -> str:
-    """Of a leaf of the memory: "memory", or "memory.3.key"."""
-    return ".".join(["memory", *(str(getattr(step, "key", getattr(step, "idx", step))) for step in path)])
+from lrmt.models.weights import gathered, in_use
 
 
 class SegmentOutput(NamedTuple):
@@ -167,6 +57,7 @@ class RecurrentModel(LongContextModel):
     config_class = RecurrentConfig
     state_class = RecurrentState
     state_settings = ("segment_length", "segment_alignment")
+    later_state_settings = ("memory_handover", "memory_shift")
     noise_share = 1.0  #: of `memory_noise`: a curriculum starts with little, or memory is never found
     _memory_norm: Tensor | None = None
 
@@ -177,6 +68,28 @@ class RecurrentModel(LongContextModel):
                 f"`--model_name_or_path`: {type(self.backbone).__name__} takes no `inputs_embeds`, which memory tokens need; "
                 "choose a decoder such as LLaMA, Mistral, Qwen or GPT-2"
             )
+        self._passed = Passed()
+        self.handover = HandOver(config.memory_handover, self.get_input_embeddings().weight)
+
+    @classmethod
+    def trained_modules(cls, settings: dict) -> list[str]:
+        """With a fitted hand-over, which does not train, but is saved with what does."""
+        fitted = ["handover"] * (settings.get("memory_handover") == "aligned")
+        return [*super().trained_modules(settings), *fitted]
+
+    def fit(self, texts) -> str:
+        if self.config.memory_handover != "aligned":
+            return ""
+        training = self.training
+        self.train()  # or CPUs repack 4-bit layers, which then have no gradient
+        with gathered(*self.parameters()):
+            pairs = states_and_embeddings(self.backbone, texts().to(self.device))
+        self.train(training)
+        left = [module.fit(*pairs) for module in self.modules() if isinstance(module, HandOver)]  # PEFT keeps two
+        return f"hand-over aligned: {1 - left[0]:.0%} of what sets tokens' embeddings apart is in the hidden states"
+
+    def _memory_weights(self) -> list[Tensor]:
+        return [*super()._memory_weights(), *in_use(self.handover).buffers()]
 
     # ------------------------------------------------------------------ what a method writes
 
@@ -200,31 +113,41 @@ class RecurrentModel(LongContextModel):
 
     # ------------------------------------------------------------------ the recurrence
 
-    def _segment(self, segment: Segment, memory: Memory) -> tuple[Tensor, Memory]:
-        """One segment: `[prefix ; E(x) ; suffix]` through the decoder gives the wanted hidden states `[N, d]` and the new memory."""
+    def _segment(self, segment: Segment, memory: Memory) -> tuple[Tensor, Memory, tuple[Tensor, Tensor] | None]:
+        """One segment: `[prefix ; E(x) ; suffix]` through the decoder gives the wanted hidden states `[N, d]`, the new memory, and what
+        its notes cost, if there are any.
+        """
         tokens = self.get_input_embeddings()(segment.ids)
         before, after = (tokens[:, :0] if part is None else part for part in (self.prefix(memory), self.suffix(memory)))
         n, width, k = before.shape[1], tokens.shape[1], after.shape[1]
         mask = None if segment.mask is None else F.pad(segment.mask, (n, k), value=True)
         hidden = self._run_decoder(torch.cat([before, tokens, after], dim=1), mask)
-        output = SegmentOutput(*hidden.split([n, width, k], dim=1), segment.mask)
-        kept = hidden.new_zeros(0, hidden.shape[-1]) if segment.wanted is None else output.tokens[segment.wanted]
-        return kept, self.write(memory, output)
+        before, tokens, after = hidden.split([n, width, k], dim=1)
+        kept = hidden.new_zeros(0, hidden.shape[-1]) if segment.wanted is None else tokens[segment.wanted]
+        asked, says = segment.notes is not None, None
+        if asked or self.config.memory_handover == "tokens":  # on every rank alike, notes or not
+            says = self.get_output_embeddings()(after)
+        told = score(says, segment.notes) if asked else None
+        after = self.handover(after, says, self.get_input_embeddings())
+        if self.config.memory_shift and k:
+            after = torch.cat([self.suffix(self.start(len(after)))[:, :1], after[:, :-1]], dim=1)
+        return kept, self.write(memory, SegmentOutput(before, tokens, after, segment.mask)), told
 
-    def _recur(self, grid: Grid, window: range, memory: Memory, noisy: bool = True) -> tuple[list[Tensor], Memory]:
-        """The loop: hidden states of the wanted positions per segment, and the memory after the window."""
+    def _recur(self, grid: Grid, window: range, memory: Memory, noisy: bool = True) -> tuple[list, Memory, list]:
+        """The loop: hidden states of the wanted positions per segment, the memory after the window, and the notes' cost per segment."""
         run = self._segment
         if self.config.checkpoint_segments and torch.is_grad_enabled():
 
             def run(*args):
                 return checkpoint(self._segment, *args, use_reentrant=False)
 
-        hidden = []
+        hidden, told = [], []
         for s in window:
-            kept, written = run(grid[s], memory)
+            kept, written, cost = run(grid[s], memory)
             hidden.append(kept)
-            memory = _choose(grid.running(s), self._with_noise(written) if noisy else written, memory)
-        return hidden, memory
+            told.append(cost)
+            memory = choose(grid.running(s), self._with_noise(written) if noisy else written, memory)
+        return hidden, memory, told
 
     def _run_decoder(self, embeds: Tensor, mask: Tensor | None) -> Tensor:
         """Last hidden states `[B, W, d]` of the decoder; padding (False in `mask [B, W]`) changes nothing else."""
@@ -247,10 +170,12 @@ class RecurrentModel(LongContextModel):
 
         return tree_map(shake, memory)
 
-    def _grid(self, input_ids: Tensor, mask: Tensor | None, wanted: Tensor | None, state: State | None) -> Grid:
+    def _grid(
+        self, input_ids: Tensor, mask: Tensor | None, wanted: Tensor | None, state: State | None, notes=None
+    ) -> Grid:
         # the running segment of a state has its place on the grid already
-        alignment = self.config.segment_alignment if state is None else "left"
-        return Grid(input_ids, mask, wanted, segment_length=self.config.segment_length, alignment=alignment)
+        at = self.config.segment_alignment if state is None else "left"
+        return Grid(input_ids, mask, wanted, segment_length=self.config.segment_length, alignment=at, notes=notes)
 
     def _windows(self, grid: Grid) -> list[tuple[int, int]]:
         """Spans of segments to run with gradients: all at once, or with truncation one window per scored segment.
@@ -260,37 +185,51 @@ class RecurrentModel(LongContextModel):
         k = self.config.bptt_segments
         if k is None or k >= len(grid) or not torch.is_grad_enabled():
             return [(0, len(grid))]
-        scored = [s for s, segment in enumerate(grid) if segment.wanted is not None]
+        scored = [s for s, segment in enumerate(grid) if segment.wanted is not None or segment.notes is not None]
         return [(max(0, s - k + 1), s + 1) for s in scored or [len(grid) - 1]]
 
-    def encode(self, input_ids, mask, wanted, state) -> tuple[Tensor, State | None]:
-        grid = self._grid(input_ids, mask, wanted, state)
+    def encode(self, input_ids, mask, wanted, state, notes=None) -> Encoded:
+        grid = self._grid(input_ids, mask, wanted, state, notes)
         memory = self.start(len(input_ids)) if state is None else state.memory
         if wanted is None:  # the last segment stays open
             memory = self._recur(grid, range(len(grid) - 1), memory, noisy=False)[1]
-            return tree_leaves(memory)[0][:0], self._state(grid, memory, state)
-        hidden, last, at = [], memory, 0
+            return Encoded(tree_leaves(memory)[0][:0], self._state(grid, memory, state))
+        passing = self.config.state_passing if self.training and state is None else 0.0
+        memory, grid.notes = self._passed.take(memory, grid.notes, passing * (self.noise_share > 0))
+        hidden, told, last, at = [], {}, memory, 0
         for begin, end in self._windows(grid):
             if begin > at:
                 with torch.no_grad():
                     memory = self._recur(grid, range(at, begin), memory)[1]
                 at = begin
-            kept, last = self._recur(grid, range(begin, end), memory)
-            hidden += kept if begin == 0 and end == len(grid) else kept[-1:]
+            kept, last, scores = self._recur(grid, range(begin, end), memory)
+            first = (
+                begin if (begin, end) == (0, len(grid)) else end - 1
+            )  # of those that count, or one would count twice
+            hidden += kept[first - begin :]
+            told |= dict(enumerate(scores[first - begin :], start=first))
         if self.training:
-            self._memory_norm = _root_mean_square(last)
+            self._memory_norm = root_mean_square(last)
+        if passing:
+            self._passed.leave(last, grid)
         hidden = torch.cat(hidden)
         if not len(hidden):  # hangs on the memory, so that every rank has gradients
             hidden = hidden + sum(leaf.sum() for leaf in tree_leaves(last)).to(hidden)
-        return grid.row_major(hidden), None
+        return Encoded(grid.row_major(hidden), None, collect(grid, told))
 
     def num_backbone_calls(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, notes=None
     ) -> int:
         text = self._open(input_ids, attention_mask, labels, None)
-        grid = self._grid(text.ids, text.mask, self._wanted(text), None)
+        asked = None if notes is None else notes.to(self.device)
+        grid = self._grid(text.ids, text.mask, self._wanted(text), None, asked)
         windows = self._windows(grid)
         return windows[-1][0] + sum(end - begin for begin, end in windows)
+
+    def num_notes(self, notes, input_ids, attention_mask=None, labels=None) -> int:
+        text = self._open(input_ids, attention_mask, None, None)
+        grid = self._grid(text.ids, text.mask, None, None, notes.to(self.device))
+        return sum(int((grid.notes_after(s)[0] != IGNORED).sum()) for s in range(len(grid) - 1))
 
     @torch.no_grad()
     def find_fault(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> str:
@@ -299,13 +238,20 @@ class RecurrentModel(LongContextModel):
         broken = []
         for s in range(len(grid) - 1):  # all of them, on every rank
             memory = self._recur(grid, range(s, s + 1), memory)[1]
-            broken += [] if math.isfinite(_root_mean_square(memory)) else [s + 1]
+            broken += [] if math.isfinite(root_mean_square(memory)) else [s + 1]
         return (
             f"memory first breaks in segment {broken[0]}" if broken else f"it breaks in the last segment, {len(grid)}"
         )
 
     def on_progress(self, share: float) -> None:
         self.noise_share = share
+
+    def training_state(self) -> dict[str, Tensor]:
+        return self._passed.tensors()
+
+    def load_training_state(self, tensors: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            self._passed.load({name: tensor.to(self.device) for name, tensor in tensors.items()}, self.start(1))
 
     def log_values(self) -> dict[str, float]:
         return {} if self._memory_norm is None else {"memory_norm": float(self._memory_norm)}
@@ -323,7 +269,7 @@ class RecurrentModel(LongContextModel):
         """Scored from `[prefix ; E(x)]`, where training scored them. A segment that is full is run once more and writes its memory."""
         state, new = text.state, text.ids.shape[1] - text.before
         if state is None or state.cache is None or state.cache.owner is not self or new > 1 or text.padded:
-            return self._open_segment(self.encode(text.ids, text.mask, None, state)[1])
+            return self._open_segment(self.encode(text.ids, text.mask, None, state).state)
         return self._append(state, text.ids[:, text.before :])
 
     def _open_segment(self, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
@@ -342,7 +288,7 @@ class RecurrentModel(LongContextModel):
         if bool(full.any()):
             mask = state.pending_mask()
             segment = Segment(state.pending_ids, None if bool(mask.all()) else mask, None)
-            memory = _choose(full.tolist(), self._segment(segment, memory)[1], memory)
+            memory = choose(full.tolist(), self._segment(segment, memory)[1], memory)
             length, cache = length.masked_fill(full, 0), None
         ids = F.pad(state.pending_ids, (0, 1)).scatter(1, length[:, None], token)[:, : int(length.max()) + 1]
         grown = dataclasses.replace(
@@ -370,25 +316,6 @@ class RecurrentModel(LongContextModel):
             use_cache=True,
         ).last_hidden_state
         return hidden[:, -1], dataclasses.replace(state, cache=cache)
-
-
-def _root_mean_square(memory: Memory) -> Tensor:
-    leaves = [leaf.detach().float().flatten() for leaf in tree_leaves(memory)]
-    return (leaves[0] if len(leaves) == 1 else torch.cat(leaves)).pow(2).mean().sqrt()
-
-
-def _choose(rows: list[bool], new: Memory, old: Memory) -> Memory:
-    """`new` for the rows marked, `old` for the others, with zeros where the new memory has grown."""
-    if all(rows):
-        return new
-    if not any(rows):
-        return old
-
-    def choose(a: Tensor, b: Tensor) -> Tensor:
-        b = F.pad(b, [side for i in reversed(range(a.dim())) for side in (0, a.shape[i] - b.shape[i])])
-        return torch.where(torch.tensor(rows, device=a.device).view(-1, *[1] * (a.dim() - 1)), a, b)
-
-    return tree_map(choose, new, old)
 
 
 def _copy(kv: DynamicCache) -> DynamicCache:

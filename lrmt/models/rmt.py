@@ -8,8 +8,8 @@ from transformers import PreTrainedModel
 
 from lrmt.errors import UsageError
 from lrmt.flags import flag
-from lrmt.models.config import Activations
-from lrmt.models.recurrent import RecurrentConfig, RecurrentModel, SegmentOutput
+from lrmt.models.config import Activations, RecurrentConfig
+from lrmt.models.recurrent import RecurrentModel, SegmentOutput
 
 
 class RmtConfig(RecurrentConfig):
@@ -28,7 +28,15 @@ class RmtConfig(RecurrentConfig):
                 f"`--segment_length` must exceed 2 × `--num_memory_tokens`; got {length} and {m}. "
                 f"Raise it to {2 * m + 1} or more"
             )
+        if self.memory_shift and m == 1:
+            raise UsageError(
+                "`--memory_shift` leaves nothing of one memory token; got `--num_memory_tokens` 1. 16 is usual"
+            )
         super().__post_init__(**kwargs)
+
+    @property
+    def note_length(self) -> int:
+        return max(0, self.num_memory_tokens - self.memory_shift)
 
     @property
     def positions(self) -> int:

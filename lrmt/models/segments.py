@@ -8,13 +8,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lrmt.models.notes import Notes
+
 
 class Segment(NamedTuple):
-    """One column block of a `Grid`: `ids [B, W]`, `mask [B, W]` (None: no padding), `wanted [B, W]` (None: nothing)."""
+    """One column block of a `Grid`: `ids [B, W]`, `mask [B, W]` (None: no padding), `wanted [B, W]` (None: nothing), `notes [B, m]`
+    for the memory that it writes (None: none).
+    """
 
     ids: Tensor
     mask: Tensor | None
     wanted: Tensor | None
+    notes: Tensor | None = None
 
 
 class Grid:
@@ -27,6 +32,7 @@ class Grid:
     Args:
         input_ids: `[B, T]` token ids. attention_mask: `[B, T]`, nonzero where a token is real (None: everywhere).
         wanted: `[B, T]`, True where a token's hidden state is wanted (None: nowhere).
+        notes: what the memory should say, by tokens read (None: nothing is asked of it).
     """
 
     def __init__(
@@ -37,8 +43,9 @@ class Grid:
         *,
         segment_length: int,
         alignment: str = "left",
+        notes: Notes | None = None,
     ):
-        self.segment_length = segment_length
+        self.segment_length, self.notes = segment_length, notes
         if attention_mask is None:
             length = torch.full((len(input_ids),), input_ids.shape[1], device=input_ids.device)
         else:
@@ -92,7 +99,17 @@ class Grid:
             end = start + torch.tensor(self.length, device=ids.device)[:, None]
             mask = (column >= start) & (column < end)
         wanted = None if self.wanted is None else self.wanted[:, first:last]
-        return Segment(ids, mask, wanted if wanted is not None and bool(wanted.any()) else None)
+        notes = None if self.notes is None or s + 1 == self.num_segments else self.notes_after(s)[0]
+        return Segment(ids, mask, wanted if wanted is not None and bool(wanted.any()) else None, notes)
+
+    def notes_after(self, s: int) -> tuple[Tensor, Tensor]:
+        """The notes `[B, m]` for the memory that segment s writes, and in how many segments before s each was told, `[B, m]`."""
+        read = [
+            (s + 1) * self.segment_length - start if runs else None
+            for start, runs in zip(self.start, self.running(s), strict=True)
+        ]
+        ids, tokens_ago = self.notes.after(read)
+        return ids, tokens_ago // self.segment_length
 
     def row_major(self, values: Tensor) -> Tensor:
         """Reorders values of the wanted positions, `[N, ...]`, from segment by segment to row by row."""

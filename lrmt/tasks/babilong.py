@@ -1,6 +1,7 @@
 """BABILong: the facts of a bAbI question hidden, in order, between sentences of background text."""
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,12 @@ class BabilongTask(HaystackTask):
         if self.split != "train":
             return self.samples[fits[index % len(fits)]]
         return self.samples[fits[epoch_order(len(fits), index, self.seed, self.split, self.name, length)]]
+
+    def notes(self, sample: babi.BabiSample) -> Sequence[str]:
+        try:
+            return babi.take_notes(sample.facts, self.name)
+        except ValueError:  # files of the user's own making
+            return super().notes(sample)
 
     def _fits(self, length: int, whole: bool) -> np.ndarray:
         """Indices of the samples of the file that fit into `length` tokens, in file order."""

@@ -5,21 +5,32 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
 from lrmt.errors import UsageError
 
 
+class Note(NamedTuple):
+    """What a perfect reader would have written down, `text`, once the first `end` tokens have been read."""
+
+    end: int
+    text: str
+
+
 @dataclass(frozen=True)
 class Example:
-    """One tokenised sample: `prompt_ids` int64 [P] (context, question), `answer_ids` int64 [A] (answer, EOS)."""
+    """One tokenised sample: `prompt_ids` int64 [P] (context, question), `answer_ids` int64 [A] (answer, EOS), and the `notes` that
+    hold along the way, each until the next.
+    """
 
     prompt_ids: np.ndarray
     answer_ids: np.ndarray
     question: str
     target: str
     task: str
+    notes: tuple[Note, ...] = ()
 
 
 class Task(ABC):

@@ -10,7 +10,7 @@ from pathlib import Path
 from lrmt.errors import UsageError, one_line
 from lrmt.files import listing, read_text
 from lrmt.lengths import parse_tokens, spell_length
-from lrmt.tasks.base import Example, Pieces, Task, check_segment, epoch_order, hold_out, join
+from lrmt.tasks.base import Example, Note, Pieces, Task, check_segment, epoch_order, hold_out, join
 from lrmt.tasks.names import LABELS, is_answer
 from lrmt.tasks.options import TaskOptions
 
@@ -65,6 +65,7 @@ class DatasetTask(Task):
         self.numbers = [number for number, _ in rows]  # of the file
         texts = [[_text_of(row, column, f"{source} row {number}") for column in COLUMNS] for number, row in rows]
         self.inputs, self.questions, self.targets = map(list, zip(*texts, strict=True))
+        self._notes = [_notes_of(row, f"{source} row {number}") for number, row in rows] if split != "test" else []
         self.split, self.seed, self.pieces, self.segment_length = split, seed, Pieces(tokenizer), segment_length
         self._buckets: dict[int, list[int]] = {}  # number of segments -> rows
         self.max_new_tokens = 0
@@ -85,7 +86,17 @@ class DatasetTask(Task):
         row = self.choose(index, length)
         context, question = self.pieces.encode([self.inputs[row], self.questions[row]])
         answer, target = self.pieces.answer(self.targets[row]), self.pieces.said(self.targets[row])
-        return Example(join([context, question]), answer, self.questions[row].strip(), target, self.name)
+        asked, notes = self.questions[row].strip(), self._take_notes(row) if self._notes else ()
+        return Example(join([context, question]), answer, asked, target, self.name, notes)
+
+    def _take_notes(self, row: int) -> tuple[Note, ...]:
+        """The row's own notes, each from the end of what it comes after; without any, the target from where the text first says it."""
+        text, target = self.inputs[row], self.targets[row]
+        told = self._notes[row]
+        if not told and target in text:
+            told = [(text.index(target) + len(target), target)]
+        read = map(len, self.pieces.encode([text[:end] for end, _ in told]))
+        return tuple(Note(tokens, note) for tokens, (_, note) in zip(read, told, strict=True))
 
     def choose(self, index: int, length: int = 0) -> int:
         """The row that `index` meets."""
@@ -227,9 +238,33 @@ def _load(name: str, config: str | None, split: str, **options) -> list[tuple[in
         raise UsageError(f"cannot load {at}: {one_line(error)}") from error
 
 
-def _text_of(row: dict, column: str, where: str) -> str:
+def _notes_of(row: dict, where: str) -> list[tuple[int, str]]:
+    """The column `notes`, a text or a list of `{after, notes}`: each note, and after how many characters of the input it holds."""
+    given = row.get("notes")
+    if given is None:
+        return []
+    said = given
+    if isinstance(given, str):
+        note = _text_of(row, "notes", where)
+        said = [{"notes": note, "after": note if note in row["input"] else row["input"]}]
+    if not isinstance(said, list) or not all(isinstance(s, dict) and {"after", "notes"} == s.keys() for s in said):
+        raise UsageError(f"{where}: `notes` must be a text or a list of {{after, notes}}; got {str(given)[:60]!r}")
+    notes, at = [], 0
+    for each in said:
+        after, note = (_text_of(each, name, f"{where}, notes:", ("after", "notes")) for name in ("after", "notes"))
+        found = row["input"].find(after, at)
+        if found < 0:
+            raise UsageError(
+                f"{where}: the input does not say {after[:60]!r}, which notes come after, in this order; correct it"
+            )
+        at = found + len(after)
+        notes.append((at, note))
+    return notes
+
+
+def _text_of(row: dict, column: str, where: str, columns: Sequence[str] = COLUMNS) -> str:
     if column not in row:
-        raise UsageError(f"{where} has no column {column!r}; needed: {', '.join(COLUMNS)}; found: {', '.join(row)}")
+        raise UsageError(f"{where} has no column {column!r}; needed: {', '.join(columns)}; found: {', '.join(row)}")
     value = row[column]
     if not isinstance(value, str) or not value.strip():
         raise UsageError(f"{where} has no text in {column!r} (got {value!r}); fill it in or remove the row")

@@ -10,7 +10,7 @@ import numpy as np
 
 from lrmt.tasks.babi import BabiSample
 from lrmt.tasks.background import Background
-from lrmt.tasks.base import Example, Pieces, Task, check_segment, derive_rng, join, start_of_last_segment
+from lrmt.tasks.base import Example, Note, Pieces, Task, check_segment, derive_rng, join, start_of_last_segment
 from lrmt.tasks.options import TaskOptions
 
 
@@ -77,6 +77,10 @@ class HaystackTask(Task):
     def draw(self, index: int, length: int, whole: bool) -> BabiSample:
         """The sample of an index, `size(sample, whole)` of which is at most `length` tokens, whatever it is when 0."""
 
+    def notes(self, sample: BabiSample) -> Sequence[str]:
+        """What a perfect reader would have written down after each fact: here, what was told, the latest first."""
+        return [" ".join(reversed(sample.facts[: i + 1])) for i in range(len(sample.facts))]
+
     def num_rows(self, length: int) -> int | None:
         """How many different rows there are at this length; None when they never end."""
         return None
@@ -104,7 +108,10 @@ class HaystackTask(Task):
         after = [question] if self.question_position != "first" else []
         context = [piece for pair in zip(stretches, facts, strict=False) for piece in pair]
         prompt = join([*before, self.opening_ids, *context, stretches[-1], *after])
-        return Example(prompt, self.pieces.answer(sample.answer), sample.question.strip(), sample.answer, self.name)
+        ends = np.cumsum([len(piece) for piece in context])[1::2] + sum(map(len, before)) + len(self.opening_ids)
+        notes = tuple(map(Note, ends.tolist(), self.notes(sample)))
+        answer = self.pieces.answer(sample.answer)
+        return Example(prompt, answer, sample.question.strip(), sample.answer, self.name, notes)
 
     def row(self, index: int, length: int) -> Row:
         """Sample `index` as text whose input has exactly `length` tokens (0: facts alone), question and answer apart.

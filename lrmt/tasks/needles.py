@@ -58,6 +58,9 @@ class NeedleTask(SampledTask):
             (self.NEEDLE.format(key=key, value=value),), self.QUESTION.format(key=key), value, support=(0,)
         )
 
+    def notes(self, sample: BabiSample) -> Sequence[str]:
+        return [sample.answer]
+
     def _encode(self, facts: Sequence[str]) -> list[np.ndarray]:
         return self.pieces.encode(facts)  # which do not recur
 
@@ -78,6 +81,9 @@ class MemoryTask(SampledTask):
         super().__init__(name, tokenizer, background, options, **kwargs)
         rng = np.random.default_rng(0)
         self._check_segment([self.invent(rng).question for _ in range(50)], babi.ROOMS)
+
+    def notes(self, sample: BabiSample) -> Sequence[str]:
+        return babi.take_notes(sample.facts, "qa4" if self.name == "reasoning" else "qa1")
 
     def invent(self, rng: np.random.Generator) -> BabiSample:
         if self.name != "reasoning":

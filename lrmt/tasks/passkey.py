@@ -3,7 +3,7 @@
 import numpy as np
 
 from lrmt.errors import UsageError
-from lrmt.tasks.base import Example, Pieces, Task, check_segment, derive_rng, join, start_of_last_segment
+from lrmt.tasks.base import Example, Note, Pieces, Task, check_segment, derive_rng, join, start_of_last_segment
 from lrmt.tasks.names import PASSKEY_WORDINGS
 from lrmt.tasks.options import TaskOptions
 
@@ -79,4 +79,5 @@ class PasskeyTask(Task):
         before = int(rng.integers(latest + 1)) if self.depth is None else round(self.depth * room)
         filler = np.resize(self.filler, max(before, room - before))
         prompt = join([self.task_line, filler[:before], told, filler[: room - before], self.question])
-        return Example(prompt, answer, QUESTION, key, self.name)
+        note = Note(len(self.task_line) + before + len(told), key)
+        return Example(prompt, answer, QUESTION, key, self.name, (note,))

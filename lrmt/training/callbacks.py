@@ -9,6 +9,8 @@ from transformers import TrainerCallback
 from lrmt.progress import progress
 from lrmt.training.curriculum import Curriculum
 
+NOTES = ("notes_loss", "notes_accuracy", "eval_notes_loss", "eval_notes_accuracy")  # of those logged, what is shown
+
 
 class CurriculumCallback(TrainerCallback):
     """Evaluates every `eval_steps` of a stage, once `eval_delay` steps are over, and at its limit; stops after the last stage."""
@@ -59,7 +61,7 @@ class ProgressCallback(TrainerCallback):
         self.loss = (logs or {}).get("loss", self.loss)
         if state.is_world_process_zero and logs:
             of_the_method = () if model is None else model.get_base_model().log_values()
-            keys = ("loss", "eval_loss", "eval_accuracy", "eval_segments", "learning_rate", *of_the_method)
+            keys = ("loss", "eval_loss", "eval_accuracy", "eval_segments", *NOTES, "learning_rate", *of_the_method)
             shown = [f"{key} {logs[key]:.4g}" for key in keys if key in logs]
             if shown:
                 write = print if self.bar is None else self.bar.write  # above the bar

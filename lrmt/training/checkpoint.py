@@ -17,7 +17,9 @@ from lrmt.training.curriculum import Curriculum
 #: written last into a checkpoint: one without it was cut off while being written
 POSITION_FILE = "curriculum.json"
 #: what checkpoints of before do not tell
-JOINED_LATER = ("lora_dropout", "use_rslora", "use_dora")
+JOINED_LATER = (
+    "lora_dropout", "use_rslora", "use_dora", "memory_handover", "memory_shift", "state_passing",
+)  # fmt: skip
 
 
 def find_checkpoint(output_dir: str | os.PathLike, wanted: str | bool | None) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -49,6 +50,14 @@ class Curriculum:
             raise UsageError(f"`--min_segments` must be 1 or more; got {self.min_segments}")
         if not 0 < self.promotion_accuracy <= 1:
             raise UsageError(f"`--promotion_accuracy` must lie in (0, 1]; got {self.promotion_accuracy}")
+
+    def per_stage(self, flag: str, values: Sequence[float]) -> list[float]:
+        """One value for each stage, of a flag that takes one number for all of them, or one for each."""
+        if len(values) not in (1, len(self.stages)):
+            raise UsageError(
+                f"`--{flag}` must be one number, or one for each of {len(self.stages)} stages; got {list(values)}"
+            )
+        return list(values) * (len(self.stages) if len(values) == 1 else 1)
 
     @property
     def segments(self) -> int:

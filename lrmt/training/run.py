@@ -29,8 +29,11 @@ from lrmt.training.curriculum import Curriculum
 from lrmt.training.hub import open_repository
 from lrmt.training.plan import describe_plan
 from lrmt.training.schedule import build_schedules, check_optimizer
+from lrmt.training.texts import draw_texts
 from lrmt.training.trainer import LongContextTrainer
 from lrmt.unsupported import TRAINING
+
+LOOKED_AT = 16  #: training texts of a task, of which one must have notes where they are scored
 
 
 def train(
@@ -73,9 +76,14 @@ def train(
     set_seed(training_args.seed)
     tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
     tasks = _open_texts(task_args, tokenizer, config.segment_length, curriculum, training_args)
+    _check_notes(curriculum_args.notes_weight, config, curriculum, tasks)
     if training_args.push_to_hub and this_rank().is_main_process:
         open_repository(training_args)
     model = _build(model_class, settings, model_args, training_args)
+    if model_args.init_adapter_path is None:
+        told = model.get_base_model().fit(lambda: draw_texts(tokenizer))
+        if told and this_rank().is_main_process:
+            print(told)
     trainer = LongContextTrainer(
         model,
         training_args,
@@ -85,6 +93,7 @@ def train(
         tokenizer=tokenizer,
         eval_samples=curriculum_args.eval_samples,
         stage_lr_decay=curriculum_args.stage_lr_decay,
+        notes_weight=curriculum_args.notes_weight,
         identity=identity,
     )
     if checkpoint is not None:
@@ -181,6 +190,22 @@ def _check_method(
     )
     curriculum.slack = config.length_slack
     return config
+
+
+def _check_notes(weights: list[float], config: LongContextConfig, curriculum: Curriculum, tasks: dict) -> None:
+    """Raises `UsageError` if notes are to be scored that the method cannot write, or of which the task makes none."""
+    told = f"`--notes_weight` {' '.join(f'{weight:g}' for weight in weights)}"
+    if not any(curriculum.per_stage("notes_weight", weights)):
+        return
+    if not config.note_length:
+        raise UsageError(f"{told}: {config.model_type} writes no memory tokens that could say them; leave it out")
+    longest = curriculum.stages[-1] * config.segment_length
+    for task in getattr(tasks["train"], "tasks", [tasks["train"]]):
+        if not any(task.example(index, longest).notes for index in range(LOOKED_AT)):
+            raise UsageError(
+                f"{told}: the first {LOOKED_AT} texts of task {task.name} have none; leave it out, or give rows a column `notes` or "
+                "targets that their input says"
+            )
 
 
 # ---------------------------------------------------------------------- texts and model

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import Trainer
@@ -19,24 +21,38 @@ from lrmt.adapters.adapter import save_adapter
 from lrmt.adapters.backbone import keep_4bit_trainable
 from lrmt.arguments import TrainingArguments
 from lrmt.errors import TrainingFault
-from lrmt.files import to_json, write_whole
-from lrmt.tasks.base import Task
+from lrmt.files import replacing, to_json, write_whole
+from lrmt.models.notes import Notes
+from lrmt.tasks.base import Pieces, Task
 from lrmt.training.callbacks import CurriculumCallback, ProgressCallback
 from lrmt.training.checkpoint import POSITION_FILE
 from lrmt.training.collate import collate
 from lrmt.training.curriculum import Curriculum
 from lrmt.training.hub import push_folder
+from lrmt.training.notes import NotesMeter, collate_notes
 from lrmt.training.ranks import check_same_calls, check_same_segments, gather_numbers
 from lrmt.training.schedule import build_schedules
 
 
 class Drawn(NamedTuple):
-    """The micro-batches of a step, and how often every rank runs its backbone on each: `calls[rank][micro-batch]`."""
+    """The micro-batches of a step and, of every rank, how often it runs its backbone on each, `calls[rank][micro-batch]`, and how many
+    tokens of notes are scored in each, `notes[rank][micro-batch]`, where any are.
+    """
 
     step: int
     length: int
     micro_batches: list[dict[str, torch.Tensor]]
     calls: list[list[float]]
+    notes: list[list[float]]
+
+    def numbers(self) -> list[float]:
+        """What this rank tells the others."""
+        return [*self.calls[0], *self.notes[0]]
+
+    def agreed(self, everyone: list[list[float]]) -> Drawn:
+        """With the numbers of every rank."""
+        n = len(self.calls[0])
+        return self._replace(calls=[row[:n] for row in everyone], notes=[row[n:] for row in everyone])
 
 
 class LongContextTrainer(Trainer):
@@ -50,6 +66,7 @@ class LongContextTrainer(Trainer):
         eval_samples: held-out samples per evaluation, over all ranks.
         stage_lr_decay: peak learning rate of a stage as a share of that of the stage before: longer texts build on what is
             there already, and a full step breaks it.
+        notes_weight: of the memory's notes in the loss, for each stage (one number: for every stage); without any, none are made.
         identity: settings that a resumed run must share, kept in each checkpoint.
     """
 
@@ -64,11 +81,14 @@ class LongContextTrainer(Trainer):
         tokenizer,
         eval_samples: int = 64,
         stage_lr_decay: float = 1.0,
+        notes_weight: Sequence[float] = (0.0,),
         identity: dict | None = None,
         callbacks=None,
     ):
         self.curriculum, self.train_task, self.eval_task = curriculum, train_task, eval_task
         self.eval_samples, self.identity = eval_samples, identity or {}
+        self.notes_weight, self._pieces = curriculum.per_stage("notes_weight", notes_weight), Pieces(tokenizer)
+        self._notes_cut, self._told = False, NotesMeter()
         self.progress = ProgressCallback(curriculum)
         self._schedules = build_schedules(args, curriculum.max_steps, stage_lr_decay)
         self._losses: list[tuple[torch.Tensor, dict]] = []  # of the step so far, with the batches they are of
@@ -107,8 +127,11 @@ class LongContextTrainer(Trainer):
             self.curriculum.draw_length(step, self._segment_length),
         ):
             drawn = self._draw_step(step, num_batches)  # the first, or a promotion has changed the length
-            drawn = drawn._replace(calls=gather_numbers(drawn.calls[0], self.args.device))
+            drawn = drawn.agreed(gather_numbers(drawn.numbers(), self.args.device))
         check_same_calls(drawn.calls)
+        # of a mean over the step's notes, whichever rank and micro-batch has them: each loss is averaged over both
+        scored = sum(map(sum, drawn.notes))
+        self._share_of_note = num_batches * self.args.world_size / scored if scored else 0.0
         self.progress.tokens += sum(b["input_ids"].numel() for b in drawn.micro_batches) * self.args.world_size
         return drawn.micro_batches, None
 
@@ -119,9 +142,10 @@ class LongContextTrainer(Trainer):
         for micro in range(num_batches):
             number = (step * num_batches + micro) * self.args.world_size + self.args.process_index
             micro_batches.append(self._draw(self.train_task, number, self.args.per_device_train_batch_size, length))
-        count = self.model.get_base_model().num_backbone_calls
-        calls = [count(**batch) for batch in micro_batches] if self.args.world_size > 1 else []
-        return Drawn(step, length, micro_batches, [calls])
+        model = self.model.get_base_model()
+        calls = [model.num_backbone_calls(**batch) for batch in micro_batches] if self.args.world_size > 1 else []
+        notes = [model.num_notes(**batch) for batch in micro_batches if "notes" in batch]
+        return Drawn(step, length, micro_batches, [calls], [notes])
 
     @property
     def _segment_length(self) -> int:
@@ -129,16 +153,36 @@ class LongContextTrainer(Trainer):
 
     def _draw(self, task: Task, number: int, batch_size: int, length: int) -> dict[str, torch.Tensor]:
         examples = [task.example(number * batch_size + i, length) for i in range(batch_size)]
-        return collate(examples, self.processing_class.pad_token_id)
+        batch = collate(examples, self.processing_class.pad_token_id)
+        if any(self.notes_weight):
+            size = self.model.get_base_model().config.note_length
+            batch["notes"], cut = collate_notes(examples, self._pieces, size)
+            if cut and not self._notes_cut:
+                self._notes_cut = True
+                if self.is_world_process_zero():
+                    print(
+                        f"notes are cut to {size} tokens, which the memory has; `--num_memory_tokens` makes room for more"
+                    )
+        return batch
+
+    def _prepare_input(self, data):
+        return data if isinstance(data, Notes) else super()._prepare_input(data)  # which the model moves
 
     # ------------------------------------------------------------------ steps
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(**inputs)
+        if outputs.notes is not None:
+            self._told.add(outputs.notes)
+            outputs.loss = outputs.loss + self._note_weight * self._share_of_note * outputs.notes.loss
         self._losses.append((outputs.loss.detach(), inputs))
         if self.accelerator.sync_gradients:  # the step's last micro-batch
             self._check_step(model)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    @property
+    def _note_weight(self) -> float:
+        return self.notes_weight[self.curriculum.stage]
 
     def _check_step(self, model):
         """The one collective of a step, before its gradients are used: whether every loss is finite, and the next step's calls.
@@ -148,15 +192,15 @@ class LongContextTrainer(Trainer):
         losses, batches = zip(*self._losses, strict=True)
         self._losses = []
         finite = torch.isfinite(torch.stack(losses)).tolist()
-        ahead, calls = None, []
+        ahead, numbers = None, []
         if self.args.world_size > 1 and self.is_in_train and self.state.global_step + 1 < self.state.max_steps:
             ahead = self._draw_step(self.state.global_step + 1, self.args.gradient_accumulation_steps)
-            calls = ahead.calls[0]
-        everyone = gather_numbers([*finite, *calls], self.args.device)
+            numbers = ahead.numbers()
+        everyone = gather_numbers([*finite, *numbers], self.args.device)
         for number, batch in enumerate(batches):
             if not all(row[number] for row in everyone):
                 self._explain_nan(model, batch, [row[number] for row in everyone])
-        self._ahead = ahead and ahead._replace(calls=[row[len(finite) :] for row in everyone])
+        self._ahead = ahead and ahead.agreed([row[len(finite) :] for row in everyone])
 
     def _explain_nan(self, model, inputs, finite):
         """Every rank comes here together, so the extra forward keeps them in step."""
@@ -172,7 +216,8 @@ class LongContextTrainer(Trainer):
 
     def log(self, logs, start_time=None):
         if "loss" in logs:
-            logs |= self.model.get_base_model().log_values()
+            logs |= self.model.get_base_model().log_values() | NotesMeter.values(self._told.numbers())
+            self._told = NotesMeter()
         super().log(logs, start_time)
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
@@ -199,16 +244,33 @@ class LongContextTrainer(Trainer):
 
     @torch.no_grad()
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
-        """Exact-match accuracy on the stage's longest texts; under greedy decoding it is what generation would score.
-
-        Every rank runs the same number of batches.
+        """Exact-match accuracy on the stage's longest texts; under greedy decoding it is what generation would score. Where a stage ends
+        in another, also on the longest texts of the stages before it: whether what was there is kept.
         """
+        segments = self.curriculum.segments
+        metrics = self._measure(segments, metric_key_prefix) | {f"{metric_key_prefix}_segments": segments}
+        message = self.curriculum.report(metrics[f"{metric_key_prefix}_accuracy"]) if self.is_in_train else None
+        if message and not self.curriculum.finished:
+            shorter = sorted({n for n in self.curriculum.stages if n < segments})
+            kept = {n: self._measure(n, metric_key_prefix)[f"{metric_key_prefix}_accuracy"] for n in shorter}
+            metrics |= {f"{metric_key_prefix}_accuracy_{n}_segments": accuracy for n, accuracy in kept.items()}
+            message += "".join(f"; {accuracy:.3f} at {n}" for n, accuracy in kept.items())
+        self.log(metrics)
+        if message:
+            self._restart_schedule()
+            if self.is_world_process_zero():
+                print(f"\n{message}", flush=True)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _measure(self, segments: int, prefix: str) -> dict[str, float]:
+        """Accuracy, loss and notes on held-out texts of so many segments, of all ranks, each of which runs as many batches."""
         model = self.model_wrapped if self.is_in_train else self.model
-        training, segments = model.training, self.curriculum.segments
+        training = model.training
         model.eval()
         keep_4bit_trainable(model)
         batch_size, world = self.args.per_device_eval_batch_size, self.args.world_size
-        right, count, loss = 0.0, 0, 0.0
+        right, count, loss, told = 0.0, 0, 0.0, NotesMeter()
         for batch in range(math.ceil(self.eval_samples / (batch_size * world))):
             number = batch * world + self.args.process_index
             inputs = self._prepare_inputs(
@@ -220,20 +282,14 @@ class LongContextTrainer(Trainer):
             right += int(exact_matches(outputs.logits, inputs["labels"]).sum())
             loss += float(outputs.loss) * batch_size
             count += batch_size
+            if outputs.notes is not None:
+                told.add(outputs.notes)
         model.train(training)
-        right, count, loss = map(sum, zip(*gather_numbers([right, count, loss], self.args.device), strict=True))
-        metrics = {
-            f"{metric_key_prefix}_accuracy": right / count,
-            f"{metric_key_prefix}_loss": loss / count,
-            f"{metric_key_prefix}_segments": segments,
-        }
-        self.log(metrics)
-        if self.is_in_train and (message := self.curriculum.report(right / count)):
-            self._restart_schedule()
-            if self.is_world_process_zero():
-                print(f"\n{message}", flush=True)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        mine = [right, count, loss, *(told.numbers() if any(self.notes_weight) else [])]
+        right, count, loss, *told = map(sum, zip(*gather_numbers(mine, self.args.device), strict=True))
+        return {f"{prefix}_accuracy": right / count, f"{prefix}_loss": loss / count} | NotesMeter.values(
+            told, f"{prefix}_"
+        )
 
     def _determine_best_metric(self, metrics, trial):
         """The best is one on texts of this length, shorter ones are easier; one to be loaded at the end is saved at once."""
@@ -258,9 +314,12 @@ class LongContextTrainer(Trainer):
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         super()._save_checkpoint(model, trial)
         self.args.save_total_limit = limit
+        folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+        if kept := self.model.get_base_model().training_state():
+            with replacing(folder / self._method_file) as temporary:
+                save_file(kept, temporary)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
             write_whole(folder / POSITION_FILE, to_json(self.curriculum.state_dict() | {"identity": self.identity}))
             rotate_checkpoints(
                 output_dir=self.args.output_dir,
@@ -269,8 +328,14 @@ class LongContextTrainer(Trainer):
                 use_mtime=True,
             )
 
+    @property
+    def _method_file(self) -> str:
+        return f"method_{self.args.process_index}.safetensors"
+
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
         if resume_from_checkpoint is not None:
+            if (kept := Path(resume_from_checkpoint, self._method_file)).is_file():
+                self.model.get_base_model().load_training_state(load_file(kept))
             self.curriculum.load_state_dict(json.loads(Path(resume_from_checkpoint, POSITION_FILE).read_text()))
             if self.curriculum.finished:  # no step is left, though promotions left some of the limits unused
                 state = json.loads(Path(resume_from_checkpoint, "trainer_state.json").read_text())

@@ -30,7 +30,7 @@ STAGE_STEPS, SAVED_STEP = (10, 6), 12
 CURRICULUM = (
     f"--curriculum_stages 1 3 --stage_max_steps {STAGE_STEPS[0]} {STAGE_STEPS[1]} --promotion_accuracy 1.0 "
     f"--eval_samples 16 --eval_steps 10 --logging_steps 1 --save_steps {SAVED_STEP} --checkpoint_segments true "
-    "--dtype bfloat16 --bf16 true --stage_lr_decay 1.0 --memory_noise 0"
+    "--dtype bfloat16 --bf16 true --stage_lr_decay 1.0 --memory_noise 0 --state_passing 0 --memory_handover aligned --notes_weight 1 0.5"
 ).split()
 
 
@@ -149,6 +149,9 @@ def test_adapter_opens_in_one_process(sharded):
     audit_adapter(folder)
     tensors = load_file(folder / "adapter_model.safetensors")
     trained = [p for p in record["parameters"].values() if p["trains"]]
+    width = next(t.shape[1] for name, t in tensors.items() if "memory_embedding" in name)
+    fitted = [tensors.pop(f"base_model.model.handover.{name}") for name in ("weight", "bias")]
+    assert fitted[0].shape == (width, width) and not torch.equal(fitted[0], torch.eye(width, dtype=fitted[0].dtype))
     assert sum(t.numel() for t in tensors.values()) == sum(p["numel"] for p in trained)
     assert len(tensors) == len(trained)
     assert torch.equal(record["logits"], other["logits"])  # both ranks gathered the same weights
@@ -236,7 +239,7 @@ def test_zero2_accumulates(backbone, tmp_path):
     """In fp32 the curve of 2 ranks × 2 accumulated × 4 rows is that of 16 rows, to rounding."""
     flags = ["--curriculum_stages", "2", "--stage_max_steps", "3", "--eval_samples", "8", "--logging_steps", "1"]
     flags += ["--vary_lengths", "false", "--dtype", "float32", "--bf16", "false", "--model_name_or_path", str(backbone)]
-    flags += ["--memory_noise", "0"]  # which depends on how a batch is cut
+    flags += ["--memory_noise", "0", "--state_passing", "0"]  # which depend on how a batch is cut
     run_ranks(WORKER, *flags, *batch(4, 2), "--output_dir", tmp_path / "two", config="zero2_2cpu")
     records = ranks_of(tmp_path / "two")
     assert records[0]["stage"] == 2
@@ -247,9 +250,9 @@ def test_zero2_accumulates(backbone, tmp_path):
 
 def test_a_step_takes_one_collective(sharded):
     """Of the loss and the next step's number of segments; a promotion, which changes the length, takes one more."""
-    first, stages, evaluation = [1], [[2] * (steps - 1) for steps in STAGE_STEPS], [3]
-    promoted = [*first, *stages[0], 2, *evaluation, *first, *stages[1], 1, *evaluation]
-    by_chance = [*first, *stages[0], 2, *evaluation, *stages[1], 1, *evaluation]  # drawn in both stages
+    first, stages, evaluation = [2], [[3] * (steps - 1) for steps in STAGE_STEPS], [3 + 13]  # with the notes' own
+    promoted = [*first, *stages[0], 3, *evaluation, *first, *stages[1], 1, *evaluation]
+    by_chance = [*first, *stages[0], 3, *evaluation, *stages[1], 1, *evaluation]  # drawn in both stages
     for record in sharded[1]:
         assert record["collectives"] in (promoted, by_chance)
 

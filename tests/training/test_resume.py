@@ -100,7 +100,7 @@ class Interrupted(Exception):
 
 @pytest.mark.parametrize("stop", [5, 6, 7], ids=["before a promotion", "at a promotion", "after a promotion"])
 def test_resumed_run_draws_the_same_samples(train_small, fp32_flags, tmp_path, monkeypatch, stop):
-    """Also when the checkpoint was written in the very step that ended a stage."""
+    """Also when the checkpoint was written in the very step that ended a stage; and with memories passed on from step to step."""
     drawn, limit = [], [None]
     draw = LongContextTrainer._draw
 
@@ -123,6 +123,19 @@ def test_resumed_run_draws_the_same_samples(train_small, fp32_flags, tmp_path, m
         "1",
         "--warmup_steps",
         "2",
+        *[
+            "--curriculum_stages",
+            "2",
+            "3",
+            "--min_segments",
+            "2",
+            "--state_passing",
+            "0.7",
+            "--notes_weight",
+            "1",
+            "--memory_shift",
+            "true",
+        ],
     ]
     whole = train_small(*flags, "--output_dir", tmp_path / "whole")
     in_one_go, drawn[:] = list(drawn), []

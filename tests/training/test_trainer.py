@@ -257,7 +257,19 @@ def test_old_checkpoints_go_only_when_the_new_one_is_whole(monkeypatch, tmp_path
     fake.args = SimpleNamespace(save_total_limit=1, should_save=True, output_dir=str(tmp_path))
     fake.accelerator = SimpleNamespace(wait_for_everyone=lambda: None)
     fake.state = SimpleNamespace(global_step=7, best_model_checkpoint=None)
+    fake.model = SimpleNamespace(get_base_model=lambda: SimpleNamespace(training_state=dict))
     fake.identity = {"task": "passkey"}
     fake.curriculum = module.Curriculum(stages=[1], max_steps=[1])
     fake._save_checkpoint(None, None)
     assert steps == [None, (True, 1)] and fake.args.save_total_limit == 1
+
+
+def test_a_promotion_tells_what_is_kept_at_shorter_lengths(train_small, fp32_flags, capsys):
+    """Measured with the model of that moment, and of the same held-out texts."""
+    flags = ["--curriculum_stages", "1", "2", "3", "--stage_max_steps", "1", "--learning_rate", "0"]
+    trainer = train_small(*fp32_flags, *flags)
+    told = [entry for entry in trainer.state.log_history if "eval_accuracy" in entry]
+    assert [entry["eval_segments"] for entry in told] == [1, 2, 3]
+    kept = [{k: v for k, v in entry.items() if k.endswith("_segments") and k != "eval_segments"} for entry in told]
+    assert kept == [{}, {"eval_accuracy_1_segments": told[0]["eval_accuracy"]}, {}]
+    assert f"next: up to 3 segments; {told[0]['eval_accuracy']:.3f} at 1" in capsys.readouterr().out

@@ -13,12 +13,13 @@ from transformers import PreTrainedModel
 from lrmt.errors import UsageError
 from lrmt.flags import flag
 from lrmt.models import scoring
-from lrmt.models.base import LongContextModel, Span, Text
+from lrmt.models.base import LongContextModel
 from lrmt.models.config import Activations, LongContextConfig
 from lrmt.models.landmark.attention import landmark_attention
 from lrmt.models.landmark.cache import Blocks, Chunk
 from lrmt.models.landmark.hooks import check_backbone, switch_sliding_window_off
 from lrmt.models.landmark.state import LandmarkState
+from lrmt.models.outputs import Encoded, Span, Text
 
 #: tokens for which places are computed at once: a long text takes no memory but its own
 TOKENS_LAID_OUT_AT_ONCE = 8192
@@ -143,14 +144,14 @@ class LandmarkForCausalLM(LongContextModel):
 
     # ------------------------------------------------------------------ forward
 
-    def encode(self, input_ids, mask, wanted, state) -> tuple[Tensor, LandmarkState | None]:
+    def encode(self, input_ids, mask, wanted, state) -> Encoded:
         """Training (gradients, or training mode) reads the whole text at once, and every block through its landmark; inference
         reads it in chunks, and beyond the training context only the `top_k` best blocks. Going on from a state has no gradients.
         """
         mask = self._full(input_ids, mask)
         if wanted is not None and state is None and (self.training or torch.is_grad_enabled()):
-            return self._read_whole(input_ids, mask)[wanted], None
-        return self._stream(input_ids, mask, state, wanted)
+            return Encoded(self._read_whole(input_ids, mask)[wanted])
+        return Encoded(*self._stream(input_ids, mask, state, wanted))
 
     @staticmethod
     def _full(input_ids: Tensor, mask: Tensor | None) -> Tensor:
@@ -303,7 +304,9 @@ class LandmarkForCausalLM(LongContextModel):
     def _inv_freq(self) -> Tensor:
         return self.backbone.base_model.rotary_emb.inv_freq
 
-    def num_backbone_calls(self, input_ids: Tensor, attention_mask: Tensor | None = None, labels=None) -> int:
+    def num_backbone_calls(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels=None, notes=None
+    ) -> int:
         """One for a whole text, or one for each chunk of the longest row."""
         if self.training or torch.is_grad_enabled():
             return 1

@@ -75,8 +75,8 @@ def solve(facts: Sequence[str], question: str, task: str, vocabulary: Vocabulary
     several pairs of statements of qa18 support an answer, the one that begins latest is given. Raises ValueError for a
     sentence outside the task's grammar and for a question that the story does not answer.
     """
-    kinds, questions = _TASKS[task]
-    told = [_parse(fact.strip(), kinds) for fact in facts]
+    _, questions = _TASKS[task]
+    told = [parse(fact, task) for fact in facts]
     if None in told:
         raise ValueError(f"not a story of {task}: {facts!r}")
     for pattern, answer in questions.items():
@@ -88,6 +88,11 @@ def solve(facts: Sequence[str], question: str, task: str, vocabulary: Vocabulary
                 raise ValueError(f"the story does not answer {question!r}: {facts!r}")
             return solution
     raise ValueError(f"not a question of {task}: {question!r}")
+
+
+def parse(fact: str, task: str) -> dict[str, str] | None:
+    """A sentence of a task: its kind under "is", and what stands in its slots; None outside the task's grammar."""
+    return _parse(fact.strip(), _TASKS[task][0])
 
 
 @functools.lru_cache(maxsize=100_000)

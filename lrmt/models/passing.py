@@ -1,0 +1,54 @@
+"""State passing: training texts that begin from the memory that another has left (Buitrago & Gu 2025, arXiv 2507.02782)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+from lrmt.models.memory import Memory, choose
+from lrmt.models.notes import Notes
+from lrmt.models.scoring import IGNORED
+from lrmt.models.segments import Grid
+
+
+class Passed:
+    """The memories that the last texts of this rank have left, and what each should say, `[B, m]`; None before the first."""
+
+    def __init__(self):
+        self.memory: Memory | None = None
+        self.said: Tensor | None = None
+
+    def take(self, memory: Memory, notes: Notes | None, share: float) -> tuple[Memory, Notes | None]:
+        """For this `share` of the rows, drawn, the memory that was left instead of the one to start from; until a text tells something
+        of its own, notes are those of the text before.
+        """
+        rows = len(tree_leaves(memory)[0])
+        if share == 0 or self.memory is None or len(tree_leaves(self.memory)[0]) != rows:
+            return memory, notes
+        taken = torch.rand(rows) < share
+        if notes is not None:
+            said = torch.full_like(notes.ids[:, 0], IGNORED) if self.said is None else self.said
+            said = said.masked_fill(~taken.to(said.device)[:, None], IGNORED)
+            notes = Notes(torch.cat([said[:, None], notes.ids], dim=1), F.pad(notes.ends, (1, 0)))
+        return choose(taken.tolist(), self.memory, memory), notes
+
+    def leave(self, memory: Memory, grid: Grid) -> None:
+        """Keeps the last memories that a batch has written."""
+        self.memory = tree_map(Tensor.detach, memory)
+        self.said = None if grid.notes is None or len(grid) < 2 else grid.notes_after(len(grid) - 2)[0]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """For a checkpoint."""
+        if self.memory is None:
+            return {}
+        leaves = {f"memory.{i}": leaf.contiguous() for i, leaf in enumerate(tree_leaves(self.memory))}
+        return leaves | ({} if self.said is None else {"said": self.said})
+
+    def load(self, tensors: dict[str, Tensor], like: Memory) -> None:
+        """The inverse, of the structure of any memory of the model."""
+        if tensors:
+            spec = tree_flatten(like)[1]
+            self.memory = tree_unflatten([tensors[f"memory.{i}"] for i in range(spec.num_leaves)], spec)
+            self.said = tensors.get("said")

@@ -1,0 +1,24 @@
+"""Weights as PEFT and ZeRO-3 keep them."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+from torch import Tensor, nn
+
+
+def in_use(module: nn.Module) -> nn.Module:
+    """The module itself or, of PEFT's wrapper of `modules_to_save`, the copy that is active."""
+    if not hasattr(module, "modules_to_save"):
+        return module
+    active = [name for name in module.active_adapters if name in module.modules_to_save]
+    return module.modules_to_save[active[0]] if active and not module.disable_adapters else module.original_module
+
+
+def gathered(*parameters: Tensor):
+    """The full values of parameters that ZeRO-3 may have partitioned, for as long as the context lasts."""
+    if any(hasattr(p, "ds_id") for p in parameters):
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=None)
+    return nullcontext()

@@ -1,0 +1,93 @@
+"""What a perfect reader of a bAbI story would have written down after each of its sentences, whatever is asked in the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from lrmt.tasks.babi.solve import Told, parse
+from lrmt.tasks.babi.vocabulary import TIMES
+
+_TRAIL = 3  #: rooms of which a thing's way keeps the last
+
+
+def take_notes(facts: Sequence[str], task: str) -> list[str]:
+    """The state of the world after each fact, each subject in the place where it was first told.
+
+    Where a story has no such state, relations and gifts, it is what was told, without its small words, the latest first. Raises
+    ValueError for a sentence outside the task's grammar.
+    """
+    told = [parse(fact, task) for fact in facts]
+    if None in told:
+        raise ValueError(f"not a story of {task}: {facts!r}")
+    return list({"qa3": _ways, "qa5": _gifts, "qa14": _days}.get(task, _whereabouts)(told))
+
+
+def _join(state: dict[str, str]) -> str:
+    return " ".join(f"{subject} {is_}" for subject, is_ in state.items())
+
+
+# --- each yields what is known after one sentence more ------------------------------------------------------------------
+
+
+def _whereabouts(told: Told) -> Iterator[str]:
+    """Where people and things are, who holds what, and what kind they are; relations as they were told."""
+    state: dict[str, str] = {}
+    relations: list[str] = []
+    people: list[str] = []  # whom "they" and "she" mean
+    for fact in told:
+        kind, person, thing, other = (fact.get(slot) for slot in ("is", "person", "thing", "other"))
+        if kind in ("relation", "bigger", "fits", "fear"):
+            way = {"bigger": "bigger", "fits": "bigger", "fear": "fear"}.get(kind, fact.get("way"))
+            relations.insert(0, f"{thing} {way} {other}")
+        elif kind in ("kind", "state"):
+            state[person] = f"{state[person]} {thing}" if person in state else thing
+        elif kind in ("get", "give"):
+            state[thing] = fact.get("receiver", person)
+        elif kind == "drop":
+            state[thing] = state.get(person, "lost")
+        else:
+            if kind != "then":
+                people = [person, other] if kind == "both" else [person]
+            where = {"not": f"not {thing}", "either": f"{thing} or {other}"}.get(kind, thing)
+            state |= dict.fromkeys(people, where)
+        yield " ".join([*relations, *filter(None, [_join(state)])])
+
+
+def _ways(told: Told) -> Iterator[str]:
+    """Where people are, who holds what, and the last rooms of each thing."""
+    at: dict[str, str] = {}
+    holder: dict[str, str] = {}
+    ways: dict[str, list[str]] = {}
+    for fact in told:
+        kind, person, thing = fact["is"], fact["person"], fact["thing"]
+        if kind == "go":
+            at[person] = thing
+            for held in (h for h, by in holder.items() if by == person):
+                ways[held].append(thing)
+        elif kind == "get":
+            holder[thing] = person
+            way = ways.setdefault(thing, [])
+            if person in at and way[-1:] != [at[person]]:
+                way.append(at[person])
+        else:
+            holder.pop(thing, None)
+        things = {t: " ".join([*way[-_TRAIL:], *filter(None, [holder.get(t)])]) for t, way in ways.items()}
+        yield _join(at | things)
+
+
+def _gifts(told: Told) -> Iterator[str]:
+    """Who gave what to whom, the latest first."""
+    given: list[str] = []
+    for fact in told:
+        if fact["is"] == "give":
+            given.insert(0, f"{fact['person']} {fact['thing']} {fact['receiver']}")
+        yield " ".join(given)
+
+
+def _days(told: Told) -> Iterator[str]:
+    """Where each person was, from yesterday to this evening."""
+    days: dict[str, dict[int, str]] = {}
+    for fact in told:
+        time = TIMES.index((fact.get("first") or fact["last"]).lower())
+        days.setdefault(fact["person"], {})[time] = fact["thing"]
+        yield _join({person: " ".join(day[time] for time in sorted(day)) for person, day in days.items()})

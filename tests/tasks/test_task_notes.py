@@ -1,0 +1,167 @@
+"""What a perfect reader would have written down: enough to answer, told at the token after which it is known."""
+
+import json
+
+import pytest
+
+from lrmt.errors import UsageError
+from lrmt.tasks import babi
+from lrmt.tasks.names import BABI
+from lrmt.tasks.options import TaskOptions
+from lrmt.tasks.registry import build_task
+
+STORIES = {
+    "qa1": ("Mary moved to the garden. John went to the office. Mary went back to the kitchen.", "Mary kitchen John office"),
+    "qa2": (
+        "John went to the office. John took the milk there. John moved to the garden. John dropped the milk. Mary got the apple there.",
+        "John garden milk garden apple Mary",
+    ),
+    "qa3": (
+        "John went to the office. John took the milk. John moved to the garden. John went to the hallway. John left the milk there. "
+        "John went to the kitchen.",
+        "John kitchen milk office garden hallway",
+    ),
+    "qa4": ("The office is east of the garden. The kitchen is west of the garden.", "kitchen west garden office east garden"),
+    "qa5": ("Fred got the milk there. Fred gave the milk to Bill. Bill passed the milk to Jeff.", "Bill milk Jeff Fred milk Bill"),
+    "qa9": ("Mary is in the office. John is not in the garden. Mary is no longer in the office.", "Mary not office John not garden"),
+    "qa10": ("Bill is either in the park or the school. Fred went to the cinema.", "Bill park or school Fred cinema"),
+    "qa11": ("Mary went to the office. Then she moved to the garden.", "Mary garden"),
+    "qa12": ("Mary and John went to the office. John and Sandra moved to the garden.", "Mary office John garden Sandra garden"),
+    "qa13": ("Mary and John went to the office. After that they moved to the garden.", "Mary garden John garden"),
+    "qa14": (
+        "This evening Mary went to the park. Yesterday Mary went to the school. Bill went to the cinema this morning.",
+        "Mary school park Bill cinema",
+    ),
+    "qa15": ("Wolves are afraid of mice. Gertrude is a wolf.", "Wolves fear mice Gertrude wolf"),
+    "qa16": ("Lily is a swan. Lily is white. Greg is a swan.", "Lily swan white Greg swan"),
+    "qa18": ("The box fits inside the chest. The chest is bigger than the chocolate.", "chest bigger chocolate chest bigger box"),
+    "qa20": ("Jason is thirsty. Jason went to the kitchen. Jason got the milk there.", "Jason kitchen milk Jason"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("task", STORIES)
+def test_the_state_of_the_world(task):
+    story, want = STORIES[task]
+    facts = [f"{fact.rstrip('.')}." for fact in story.split(". ")]
+    notes = babi.take_notes(facts, task)
+    assert len(notes) == len(facts) and notes[-1] == want
+    assert babi.take_notes(facts[:1], task) == notes[:1]  # each of what was told so far
+
+
+@pytest.mark.parametrize("task", BABI)
+def test_every_simulated_story_has_notes(task):
+    for sample in babi.simulate(task, 30, 1):
+        notes = babi.take_notes(sample.facts, task)
+        assert len(notes) == len(sample.facts) and (task == "qa5" or all(notes))
+
+
+def test_a_sentence_of_another_task():
+    with pytest.raises(ValueError, match="not a story of qa1"):
+        babi.take_notes(["The office is east of the garden."], "qa1")
+
+
+@pytest.mark.parametrize(
+    ("task", "subject"),
+    [("qa1", "Where is {}? "), ("qa2", "Where is the {}? "), ("qa11", "Where is {}? "), ("qa13", "Where is {}? ")],
+)
+def test_notes_hold_the_answer(task, subject):
+    """Whoever has only the notes can answer."""
+    before, after = subject.split("{}")
+    for sample in babi.simulate(task, 100, 2):
+        words = babi.take_notes(sample.facts, task)[-1].split()
+        where = dict(zip(words[::2], words[1::2], strict=True))
+        found = where[sample.question.removeprefix(before).removesuffix(after)]
+        assert where.get(found, found) == sample.answer  # a thing is where its holder is
+
+
+# ---------------------------------------------------------------------- in texts
+
+
+@pytest.fixture(scope="module")
+def tokenizer(backbones):
+    from lrmt.adapters.backbone import load_tokenizer
+
+    return load_tokenizer(str(backbones["llama"]))
+
+
+@pytest.mark.parametrize("question_position", ["last", "both"])
+@pytest.mark.parametrize("task", ["passkey", "qa1", "qa3", "niah_single", "memorize", "detect_memorize", "reasoning"])
+def test_each_note_holds_from_the_end_of_what_it_is_of(tokenizer, task, question_position):
+    options = {} if task == "passkey" else {"question_position": question_position}
+    made = build_task(task, tokenizer, split="train", segment_length=400, **options)
+    for index in range(8):
+        example = made.example(index, 900)
+        assert example.notes and [n.end for n in example.notes] == sorted(n.end for n in example.notes)
+        for note in example.notes:
+            read, rest = (
+                tokenizer.decode(part) for part in (example.prompt_ids[: note.end], example.prompt_ids[note.end :])
+            )
+            assert read.rstrip().endswith(".") and (rest == "" or rest[0].isspace() or note.end)
+            last = read.rstrip().rstrip(".").split(". ")[-1].split()[-1]
+            if task in ("passkey", "niah_single"):
+                assert note.text == example.target and note.text in read
+            elif task != "qa3":
+                assert last in note.text.split() or last == "there"
+    if task in ("memorize", "detect_memorize", "qa1"):
+        assert example.target in example.notes[-1].text.split()
+
+
+def test_stories_of_other_grammar_are_noted_verbatim(tokenizer):
+    made = build_task("qa1", tokenizer, split="train")
+    sample = babi.BabiSample(("Mary flew home.", "John swam."), "Where is Mary? ", "office", ())
+    assert made.notes(sample) == ["Mary flew home.", "John swam. Mary flew home."]
+
+
+# ---------------------------------------------------------------------- rows of the user
+
+
+def rows_task(tmp_path, tokenizer, *rows, split="train"):
+    path = tmp_path / "rows.jsonl"
+    base = {
+        "input": "The key is under the mat. The mat is red.",
+        "question": "Where is the key?",
+        "target": "under the mat",
+    }
+    path.write_text("".join(json.dumps(base | row) + "\n" for row in rows))
+    return build_task("dataset", tokenizer, TaskOptions(dataset_name=str(path)), split=split)
+
+
+def told(task, tokenizer, index=0):
+    example = task.example(index, 0)
+    return [(tokenizer.decode(example.prompt_ids[: note.end]).strip(), note.text) for note in example.notes]
+
+
+def test_without_notes_the_target_is_one_from_where_it_is_said(tmp_path, tokenizer):
+    assert told(rows_task(tmp_path, tokenizer, {}), tokenizer) == [("The key is under the mat", "under the mat")]
+    assert told(rows_task(tmp_path, tokenizer, {"target": "nowhere"}), tokenizer) == []
+    assert told(rows_task(tmp_path, tokenizer, {}, split="test"), tokenizer) == []  # nothing is trained on
+
+
+def test_a_text_is_one_note(tmp_path, tokenizer):
+    assert told(rows_task(tmp_path, tokenizer, {"notes": "key mat"}), tokenizer)[0][1] == "key mat"
+    assert told(rows_task(tmp_path, tokenizer, {"notes": "key mat"}), tokenizer)[0][0].endswith("red.")
+    assert told(rows_task(tmp_path, tokenizer, {"notes": "the mat"}), tokenizer)[0][0] == "The key is under the mat"
+
+
+def test_a_list_says_where_each_note_begins(tmp_path, tokenizer):
+    notes = [{"after": "mat", "notes": "mat"}, {"after": "mat is red", "notes": "red mat"}]
+    want = [("The key is under the mat", "mat"), ("The key is under the mat. The mat is red", "red mat")]
+    assert told(rows_task(tmp_path, tokenizer, {"notes": notes}), tokenizer) == want
+
+
+@pytest.mark.parametrize(
+    ("notes", "expected"),
+    [
+        ("", "row 1 has no text in 'notes'|row 1, notes: has no text"),
+        (7, "row 1: `notes` must be a text or a list of .after, notes.; got '7'"),
+        (["mat"], "row 1: `notes` must be a text or a list"),
+        ([{"after": "mat"}], "row 1: `notes` must be a text or a list"),
+        ([{"after": "the lake", "notes": "x"}], "row 1: the input does not say 'the lake'"),
+        ([{"after": "red", "notes": "x"}, {"after": "key", "notes": "y"}], "row 1: the input does not say 'key'.*in this order"),
+        ([{"after": "mat", "notes": " "}], "row 1, notes: has no text in 'notes'"),
+        ([{"after": "mat", "notes": 5}], "row 1, notes: has no text in 'notes'"),
+    ],
+)  # fmt: skip
+def test_notes_that_cannot_be_read(tmp_path, tokenizer, notes, expected):
+    with pytest.raises(UsageError, match=expected):
+        rows_task(tmp_path, tokenizer, {"notes": notes})

@@ -1,0 +1,137 @@
+"""Notes in training: a mean over the step's tokens whoever has them, logged by age, and refused where there are none."""
+
+import json
+
+import pytest
+import torch
+
+from lrmt.errors import UsageError
+from lrmt.models.notes import NotesScore
+from lrmt.tasks.base import Example, Note, Pieces
+from lrmt.training.notes import NotesMeter, collate_notes
+
+NOTES = ["--notes_weight", "1", "--memory_handover", "aligned", "--vary_lengths", "false"]
+
+
+def logged(trainer, key):
+    return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+def test_the_mean_is_over_the_step_however_it_is_cut(train_small, fp32_flags):
+    """Some texts have the key in their last segment, and nothing to note before it: micro-batches differ in how much they have."""
+    flags = [*fp32_flags, *NOTES, "--early_facts_share", "0", "--stage_max_steps", "3", "--curriculum_stages", "3"]
+    runs = [
+        train_small(*flags, "--per_device_train_batch_size", rows, "--gradient_accumulation_steps", parts)
+        for rows, parts in (("4", "1"), ("2", "2"), ("1", "4"))
+    ]
+    counts = [sum(len(e.notes) for e in (runs[0].train_task.example(i, 240) for i in range(b, b + 4))) for b in (0, 4)]
+    assert all(counts)
+    for run in runs[1:]:
+        for key in ("loss", "grad_norm", "notes_loss", "notes_accuracy", "eval_notes_accuracy"):
+            assert logged(run, key) == pytest.approx(logged(runs[0], key), rel=1e-4), key
+    plain = train_small(*flags, "--notes_weight", "0")
+    assert logged(plain, "loss") != pytest.approx(logged(runs[0], "loss"), rel=0.1) and not logged(plain, "notes_loss")
+
+
+def test_each_stage_has_its_weight(train_small, fp32_flags):
+    flags = [*fp32_flags, *NOTES, "--curriculum_stages", "2", "2", "--stage_max_steps", "1", "--learning_rate", "0"]
+    full, first = (train_small(*flags, "--notes_weight", *weights) for weights in (["1", "1"], ["1", "0"]))
+    assert logged(full, "loss")[0] == logged(first, "loss")[0]
+    difference = logged(full, "loss")[1] - logged(first, "loss")[1]
+    assert difference == pytest.approx(logged(full, "notes_loss")[1], rel=1e-4)
+    assert logged(first, "notes_loss")[1] == pytest.approx(logged(full, "notes_loss")[1])  # told all the same
+
+
+def test_what_is_logged(train_small, fp32_flags, capsys):
+    trainer = train_small(*fp32_flags, *NOTES, "--curriculum_stages", "4", "--stage_max_steps", "2")
+    entry = next(e for e in trainer.state.log_history if "eval_notes_accuracy_0" in e)
+    assert {f"eval_notes_accuracy{since}" for since in ("", "_0", "_1", "_2_3")} <= entry.keys()
+    out = capsys.readouterr().out
+    assert "hand-over aligned: " in out and "notes_loss" in out and "eval_notes_accuracy" in out
+
+
+def test_the_map_is_saved_and_resumed(train_small, fp32_flags, tmp_path):
+    import lrmt
+
+    flags = [*fp32_flags, *NOTES, "--stage_max_steps", "2", "--save_steps", "1", "--output_dir", tmp_path / "run"]
+    whole = train_small(*flags)
+    model = lrmt.load(tmp_path / "run")
+    weight = model.get_base_model().handover.modules_to_save["default"].weight
+    assert not torch.equal(weight, torch.eye(len(weight)))
+    (tmp_path / "run" / "checkpoint-4" / "curriculum.json").unlink()
+    again = train_small(*flags, "--resume_from_checkpoint", "true")
+    assert logged(again, "loss")[-1:] == logged(whole, "loss")[-1:]
+    started = train_small(
+        *flags, "--output_dir", tmp_path / "on", "--init_adapter_path", tmp_path / "run", "--seed", "5"
+    )
+    now = started.model.get_base_model().handover.modules_to_save["default"].weight
+    assert torch.equal(now.cpu(), weight)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["memory_handover"] == "aligned"
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--notes_weight -1", "`--notes_weight` must be 0 or more; got .-1.0."),
+        ("--notes_weight 1 1 1", "`--notes_weight` must be one number, or one for each of 2 stages; got .1.0, 1.0, 1.0."),
+        ("--notes_weight 1 --task text --text_path book.txt", "`--notes_weight` 1: the first 16 texts of task text have none"),
+        ("--notes_weight 1 --task dataset --dataset_name rows.jsonl", "`--notes_weight` 1: the first 16 texts of task dataset have"),
+        ("--memory_handover mapped", "`--memory_handover` must be identity, scaled, aligned or tokens; got mapped"),
+    ],
+)  # fmt: skip
+def test_refused_before_weights_are_loaded(train_small, tmp_path, monkeypatch, flags, expected):
+    from lrmt.tasks import prose
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "book.txt").write_text("\n".join(prose.write(300, 0)))
+    row = {"input": "Nobody told.", "question": "Where is it?", "target": "here"}
+    (tmp_path / "rows.jsonl").write_text(20 * (json.dumps(row) + "\n"))
+    monkeypatch.setattr("lrmt.training.run.build_model", lambda *_, **__: pytest.fail("weights were loaded"))
+    with pytest.raises(UsageError, match=expected):
+        train_small("--output_dir", tmp_path / "run", *flags.split())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_landmark_model_takes_no_notes(run_recipe, backbones, tmp_path):
+    flags = ["--model_name_or_path", backbones["llama"], "--notes_weight", "1", "--context_length", "112"]
+    flags += ["--block_length", "16", "--num_digits", "2", "--output_dir", tmp_path / "run"]
+    with pytest.raises(UsageError, match="`--notes_weight` 1: landmark writes no memory tokens"):
+        run_recipe("landmark_llama", *flags)
+
+
+# ---------------------------------------------------------------------- batches of notes
+
+
+@pytest.fixture(scope="module")
+def pieces(backbones):
+    from lrmt.adapters.backbone import load_tokenizer
+
+    return Pieces(load_tokenizer(str(backbones["llama"])))
+
+
+def example(*notes):
+    empty = torch.zeros(0).long().numpy()
+    return Example(empty, empty, "", "", "", tuple(Note(*note) for note in notes))
+
+
+def test_notes_are_laid_out_and_cut(pieces):
+    notes, cut = collate_notes([example((5, "kitchen"), (9, "garden kitchen hallway")), example()], pieces, 8)
+    kitchen = pieces("kitchen").tolist()
+    assert notes.ids.shape == (2, 2, 8) and notes.ends[0].tolist() == [5, 9]
+    assert notes.ids[0, 0].tolist() == [*kitchen, *[-100] * (8 - len(kitchen))]
+    assert bool((notes.ids[1] == -100).all()) and int(notes.ends[1, 0]) > 10**12
+    assert not cut and collate_notes([example((1, "garden kitchen hallway"))], pieces, 1)[1]
+    assert collate_notes([example((1, "garden kitchen"))], pieces, 1)[0].ids.tolist() == [[[int(pieces("garden")[0])]]]
+
+
+def test_the_meter_tells_by_age():
+    meter = NotesMeter()
+    meter.add(NotesScore(torch.tensor(3.0), torch.tensor([True, False, True, True]), torch.tensor([0, 0, 3, 40])))
+    meter.add(NotesScore(torch.tensor(1.0), torch.tensor([True]), torch.tensor([2])))
+    told = NotesMeter.values(meter.numbers(), "eval_")
+    assert told == {
+        "eval_notes_loss": 0.8, "eval_notes_accuracy": 0.8, "eval_notes_accuracy_0": 0.5, "eval_notes_accuracy_2_3": 1.0,
+        "eval_notes_accuracy_16_up": 1.0,
+    }  # fmt: skip
+    assert NotesMeter.values(NotesMeter().numbers()) == {}
