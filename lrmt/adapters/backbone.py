@@ -20,7 +20,8 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from lrmt.adapters.find import FLAG, check_files, resolve_backbone, shipped_backbones
+from lrmt.adapters.find import FLAG, check_files, is_named, resolve_backbone
+from lrmt.adapters.gguf import is_gguf
 from lrmt.errors import UsageError, one_line
 from lrmt.models.config import LongContextConfig
 from lrmt.models.weights import gathered
@@ -85,8 +86,9 @@ def load_tokenizer(name: str, revision: str | None = None, flag: str = FLAG):
 
 
 def open_tokenizer(name: str, revision: str | None = None, flag: str = "--tokenizer"):
-    """The tokenizer of a folder, a Hub id or a shipped backbone, as it is."""
-    place = resolve_backbone(name, flag) if name in shipped_backbones() else str(name)
+    """The tokenizer of a folder, a Hub id, a GGUF or a named backbone, as it is."""
+    name = str(name)
+    place = resolve_backbone(name, flag) if is_named(name) or is_gguf(name) else name
     check_files(place, flag, weights=False)
     try:
         return AutoTokenizer.from_pretrained(place, revision=revision)

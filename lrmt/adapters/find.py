@@ -1,4 +1,4 @@
-"""Where an adapter or a backbone is: a folder, a Hub id, a name that ships with lrmt. Light: nothing heavy is imported."""
+"""Where an adapter or a backbone is: a folder, a Hub id, a GGUF, a name that ships with lrmt. Light: nothing heavy is imported."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
+from lrmt.adapters.gguf import PACKAGES, is_gguf, unpack
 from lrmt.errors import UsageError, one_line
 from lrmt.files import listing
 
@@ -98,7 +99,7 @@ def check_files(folder: str | os.PathLike, flag: str, weights: bool = True) -> N
 
 def is_hub_id(name: str | os.PathLike) -> bool:
     """Whether it is spelled like one: organisation/model."""
-    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(name)) is not None
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+(?<!\.gguf)", str(name)) is not None
 
 
 def _download(hub_id: str, flag: str) -> Path:
@@ -126,8 +127,16 @@ def shipped_adapters() -> list[str]:
     return sorted(p.parent.name for p in ASSETS.glob("*/adapter_config.json"))
 
 
+def is_named(name: str) -> bool:
+    """Whether it is the name of a backbone, of those that ship or are in a package, rather than a place."""
+    return name in PACKAGES or name in shipped_backbones()
+
+
 def resolve_backbone(name: str | os.PathLike, flag: str = FLAG) -> str:
-    """A shipped backbone's folder, or the Hub id or folder as given; raises `UsageError` for a folder without a model."""
+    """A shipped backbone's folder, that which a GGUF was de-quantised into, or the Hub id or folder as given.
+
+    Raises `UsageError` for a folder without a model, and as `unpack` does.
+    """
     name = os.path.expanduser(str(name)).rstrip("/") or str(name)
     if name in shipped_backbones():
         return str(ASSETS / name)
@@ -136,25 +145,30 @@ def resolve_backbone(name: str | os.PathLike, flag: str = FLAG) -> str:
         there = path.exists()
     except OSError as error:
         raise UsageError(f"{flag} {str(name)[:200]} cannot be read ({error.strerror}); name another folder") from None
+    if is_gguf(name):
+        return str(unpack(name, flag))
     if there and not (path / "config.json").is_file():
         found = listing(path) if path.is_dir() else "a file"
         raise UsageError(f"{flag} {name}: no config.json there (found: {found})")
     if not there and not is_hub_id(name):
-        shipped = ", ".join(shipped_backbones())
-        raise UsageError(f"{flag} {name}: no such folder, nor a backbone that ships with lrmt ({shipped})")
+        shipped, packaged = ", ".join(shipped_backbones()), ", ".join(PACKAGES)
+        raise UsageError(
+            f"{flag} {name}: no such folder, nor a backbone that ships with lrmt ({shipped}) or in a package ({packaged})"
+        )
     return str(name)
 
 
 def find_backbone(adapter: Path, name: str | None) -> str:
     """What `resolve_backbone` takes for the `name` that an adapter's config has of its backbone.
 
-    A folder that is not there seen from here is looked for from each folder above the adapter: training may have run in one.
+    A folder or GGUF that is not there seen from here is looked for from each folder above the adapter: training may have run in
+    one.
     """
     if not isinstance(name, str):
         raise UsageError(f"--adapter_path {adapter}: config.json names no backbone; say where it is with {FLAG}")
-    if not Path(name).exists() and name not in shipped_backbones():
+    if not Path(name).expanduser().exists() and not is_named(name):
         for folder in adapter.resolve().parents:
-            if (folder / name / "config.json").is_file():
+            if (folder / name / "config.json").is_file() or (folder / name).is_file():
                 return str(folder / name)
         if not is_hub_id(name):
             raise UsageError(f"--adapter_path {adapter}: its backbone {name} is not here; say where it is with {FLAG}")
