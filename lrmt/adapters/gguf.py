@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import re
 import shutil
 import sys
@@ -107,6 +108,14 @@ def _unpack_once(path: Path, folder: Path, told: str) -> None:
         with filling(folder, last="config.json") as temporary:
             model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
+            _drop_added(temporary / "tokenizer.json", model.config.vocab_size)
+
+
+def _drop_added(path: Path, rows: int) -> None:
+    """Takes out the tokens that transformers adds to a file's own, and the model has no embedding of."""
+    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    tokenizer["added_tokens"] = [token for token in tokenizer["added_tokens"] if token["id"] < rows]
+    path.write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
 
 
 def _is_whole(folder: Path) -> bool:
