@@ -148,13 +148,13 @@ def _read_header(path: Path, told: str) -> tuple[int, dict | None]:
 
     Raises UsageError for what would fail, or be left out, when the weights are read.
     """
+    with open(path, "rb") as file:
+        if file.read(len(MAGIC)) != MAGIC:
+            raise UsageError(f"{told} is no GGUF (it does not begin with {MAGIC.decode()}); name one, or a folder")
     try:
         import gguf
     except ImportError:
         raise UsageError(f"{told} needs the package gguf, which is not installed: pip install 'lrmt[gguf]'") from None
-    with open(path, "rb") as file:
-        if file.read(len(MAGIC)) != MAGIC:
-            raise UsageError(f"{told} is no GGUF (it does not begin with {MAGIC.decode()}); name one, or a folder")
     try:
         reader = gguf.GGUFReader(path)
         fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.")}

@@ -30,7 +30,7 @@ class GenerationSettings(StoryOptions, BackgroundOptions, RepeatOptions, SpanOpt
     task: tuple[str, ...] = flag(help=f"{KNOWN_HAYSTACKS}.", metavar="NAME")
     lengths: tuple[str, ...] = flag(help="In tokens: 0k, 1k, 4k, 1M, 10M, 1500 (1k = 1000).", metavar="N")
     tokenizer: str | None = flag(
-        None, "That counts tokens: a folder or Hub id (default: that of the tiny LLaMA).", "NAME"
+        None, "That counts tokens: a folder, GGUF or Hub id (default: that of the tiny LLaMA).", "NAME"
     )
     split: str = flag("test", "Of the bAbI files: train, validation or test.", "NAME")
     seed: int = flag(0, "Of stories, places and background.", "N")

@@ -30,7 +30,7 @@ class OpeningSettings(Options):
         help="Folder or Hub id of what training wrote (an adapter) or lrmt merge.", metavar="DIR", kw_only=False
     )
     model_name_or_path: str | None = flag(
-        None, "Another place of the backbone: a folder or Hub id (default: where training found it).", "PATH"
+        None, "Another place of the backbone: a folder, GGUF or Hub id (default: where training found it).", "PATH"
     )
     load_in_4bit: bool | None = flag(None, "Backbone in NF4; false: in full (default: as trained).")
     reading: dict[str, object] = field(default_factory=dict)

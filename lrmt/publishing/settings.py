@@ -23,7 +23,7 @@ example:
     adapter_path: str = flag(help="Folder or Hub id of what training wrote.", metavar="DIR")
     output_dir: str = flag(help="Folder for the merged model, new or empty.", metavar="DIR")
     model_name_or_path: str | None = flag(
-        None, "Another place of the backbone: a folder or Hub id (default: where training found it).", "PATH"
+        None, "Another place of the backbone: a folder, GGUF or Hub id (default: where training found it).", "PATH"
     )
     merge_base: Literal["original", "nf4_roundtrip"] = flag(
         "original",

@@ -318,7 +318,7 @@ def test_no_such_file(refuse, plain, tmp_path):
         ModelArguments(model_name_or_path="people/model", gguf_file="x.gguf")
 
 
-def test_no_gguf(refuse, write, tmp_path):
+def test_no_gguf(refuse, tmp_path):
     (tmp_path / "text.gguf").write_text("not one")
     refuse(tmp_path / "text.gguf", "is no GGUF", "name one")
 
