@@ -168,8 +168,9 @@ def find_backbone(adapter: Path, name: str | None) -> str:
         raise UsageError(f"--adapter_path {adapter}: config.json names no backbone; say where it is with {FLAG}")
     if not Path(name).expanduser().exists() and not is_named(name):
         for folder in adapter.resolve().parents:
-            if (folder / name / "config.json").is_file() or (folder / name).is_file():
-                return str(folder / name)
+            place = folder / name
+            if (place / "config.json").is_file() or place.is_file() and is_gguf(str(place)):
+                return str(place)
         if not is_hub_id(name):
             raise UsageError(f"--adapter_path {adapter}: its backbone {name} is not here; say where it is with {FLAG}")
     return name

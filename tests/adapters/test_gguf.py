@@ -15,7 +15,7 @@ import torch
 from processes import Program
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 import lrmt
 from lrmt import cli
@@ -26,11 +26,15 @@ from lrmt.arguments import ModelArguments
 from lrmt.errors import UsageError, exit_on_error
 from lrmt.tasks import prose
 
+SHAPE = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}  # fmt: skip
 SPECIAL = ["<pad>", "<s>", "</s>"]
 NAMES = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
     "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
+    "post_attention_layernorm": "ffn_norm", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
 }  # fmt: skip
 
 
@@ -44,6 +48,15 @@ def rename(name: str) -> str:
 def rows_of_llama_cpp(weight: np.ndarray, heads: int) -> np.ndarray:
     """Rotary pairs beside each other, as llama.cpp has them, from halves."""
     return weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+
+
+@pytest.fixture(scope="module")
+def folders(backbones, tmp_path_factory) -> dict[str, Path]:
+    """Those of the suite, and a Qwen 3, whose heads have a size of their own."""
+    folder = tmp_path_factory.mktemp("folders") / "qwen3"
+    torch.manual_seed(0)
+    Qwen3ForCausalLM(Qwen3Config(**SHAPE, vocab_size=1024, head_dim=128, eos_token_id=2)).save_pretrained(folder)
+    return backbones | {"qwen3": folder}
 
 
 @pytest.fixture(scope="module")
@@ -63,15 +76,15 @@ def byte_level() -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def write(backbones, byte_level):
+def write(folders, byte_level):
     """`write(path, …)`: the random backbone of a folder as a GGUF, with a byte-level tokenizer."""
     gguf = pytest.importorskip("gguf", reason="gguf is not installed: pip install 'lrmt[gguf]'")
     kinds = gguf.GGMLQuantizationType
 
     def write(path, kind="F32", backbone="llama", architecture=None, tensors=None, **fields) -> Path:
-        folder = backbones[backbone]
+        folder = folders[backbone]
         config = AutoConfig.from_pretrained(folder)
-        architecture = architecture or {"qwen2": "qwen2"}.get(backbone, "llama")
+        architecture = architecture or (backbone if "qwen" in backbone else "llama")
         file = gguf.GGUFWriter(path, architecture)
         file.add_context_length(config.max_position_embeddings)
         file.add_block_count(config.num_hidden_layers)
@@ -139,13 +152,15 @@ def left(cache) -> list[str]:
         ("llama", "F16", 2e-3),
         ("llama", "Q8_0", 2e-2),
         ("llama-tied", "F32", 0),
+        ("mistral", "F32", 0),
         ("qwen2", "F32", 0),
+        ("qwen3", "F32", 0),
     ],
 )
-def test_the_weights_are_those_of_the_file(cache, write, backbones, tmp_path, backbone, kind, tolerance):
+def test_the_weights_are_those_of_the_file(cache, write, folders, tmp_path, backbone, kind, tolerance):
     place = resolve_backbone(write(tmp_path / "model.gguf", kind, backbone))
-    found, was = (AutoModelForCausalLM.from_pretrained(p, dtype=torch.float32) for p in (place, backbones[backbone]))
-    assert type(found) is type(was)
+    found, was = (AutoModelForCausalLM.from_pretrained(p, dtype=torch.float32) for p in (place, folders[backbone]))
+    assert found.config.model_type == ("llama" if backbone == "mistral" else was.config.model_type)
     weights = dict(found.named_parameters())
     for name, weight in was.named_parameters():
         weight = weight.to(torch.bfloat16).float()
@@ -208,8 +223,8 @@ def test_processes_of_one_launch_make_it_once(cache, plain, tmp_path):
     assert lines.count(str(cache / left(cache)[0])) == 2 and len(left(cache)) == 1
 
 
-def test_whole_weights_under_zero3(cache, plain):
-    """A rank loads its share of a backbone; what is stored for later must be all of it."""
+def test_whole_weights_under_zero3(cache, plain, monkeypatch):
+    """A rank loads its share of a backbone, in some versions of transformers also of a GGUF; what is stored must be all of it."""
     pytest.importorskip("deepspeed")
     from transformers.integrations.deepspeed import (
         HfDeepSpeedConfig,
@@ -217,6 +232,13 @@ def test_whole_weights_under_zero3(cache, plain):
         unset_hf_deepspeed_config,
     )
 
+    seen, load = [], AutoModelForCausalLM.from_pretrained
+
+    def watched(**options):
+        seen.append(is_deepspeed_zero3_enabled())
+        return load(**options)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", watched)
     held = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1})
     try:
         assert is_deepspeed_zero3_enabled() and held
@@ -224,7 +246,7 @@ def test_whole_weights_under_zero3(cache, plain):
         assert is_deepspeed_zero3_enabled()  # for whatever is loaded next
     finally:
         unset_hf_deepspeed_config()
-    assert all(weight.numel() for weight in stored.values())
+    assert seen == [False] and all(weight.numel() for weight in stored.values())
 
 
 def llama3_factors(base: float, pairs: int, factor: float) -> np.ndarray:
