@@ -40,7 +40,7 @@ class NotesMeter:
             place = min(int(age).bit_length(), len(SINCE) - 1)
             self.right[place] += right
             self.asked[place] += 1
-        self.loss += float(score.loss)
+        self.loss += float(score.loss.detach())
 
     def numbers(self) -> list[float]:
         """What ranks add up."""

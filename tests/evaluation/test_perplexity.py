@@ -137,9 +137,7 @@ def test_ranks_share_the_texts(model, monkeypatch, num_samples):
     alone = measure(contenders, 2, num_samples=num_samples)
     shares = []
     for rank in range(3):
-        monkeypatch.setattr(
-            grid, "this_rank", lambda rank=rank: SimpleNamespace(process_index=rank, num_processes=3)
-        )
+        monkeypatch.setattr(grid, "this_rank", lambda rank=rank: SimpleNamespace(process_index=rank, num_processes=3))
         monkeypatch.setattr(module, "gather_object", lambda share: measured.append(share) or share)
         measured.clear()
         measure(contenders, 2, num_samples=num_samples)
