@@ -47,7 +47,8 @@ class HandOver(nn.Module):
         if self.kind == "scaled":
             wide = wide * self.size / wide.pow(2).mean(-1, keepdim=True).sqrt().clamp(min=1e-6)
         else:
-            wide = torch.nn.functional.linear(wide, self.weight.to(wide.dtype), self.bias.to(wide.dtype))
+            with torch.autocast(hidden.device.type, enabled=False):
+                wide = nn.functional.linear(wide, self.weight.to(wide.dtype), self.bias.to(wide.dtype))
         return wide.to(hidden.dtype)
 
     @torch.no_grad()

@@ -78,11 +78,13 @@ def root_mean_square(memory: Memory) -> Tensor:
     return (leaves[0] if len(leaves) == 1 else torch.cat(leaves)).pow(2).mean().sqrt()
 
 
-def choose(rows: list[bool], new: Memory, old: Memory) -> Memory:
-    """`new` for the rows marked, `old` for the others, with zeros where the new memory has grown."""
-    if all(rows):
+def choose(rows: list[bool], new: Memory, old: Memory, whole: bool = True) -> Memory:
+    """`new` for the rows marked, `old` for the others, with zeros where the new memory has grown. Where all rows agree, that memory
+    itself; without `whole` both stay in the graph all the same.
+    """
+    if whole and all(rows):
         return new
-    if not any(rows):
+    if whole and not any(rows):
         return old
 
     def pick(a: Tensor, b: Tensor) -> Tensor:

@@ -32,7 +32,8 @@ class Passed:
             said = torch.full_like(notes.ids[:, 0], IGNORED) if self.said is None else self.said
             said = said.masked_fill(~taken.to(said.device)[:, None], IGNORED)
             notes = Notes(torch.cat([said[:, None], notes.ids], dim=1), F.pad(notes.ends, (1, 0)))
-        return choose(taken.tolist(), self.memory, memory), notes
+        # whatever is drawn, what training starts from has a gradient: ranks must have the same
+        return choose(taken.tolist(), self.memory, memory, whole=False), notes
 
     def leave(self, memory: Memory, grid: Grid) -> None:
         """Keeps the last memories that a batch has written."""

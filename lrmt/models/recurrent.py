@@ -69,7 +69,8 @@ class RecurrentModel(LongContextModel):
                 "choose a decoder such as LLaMA, Mistral, Qwen or GPT-2"
             )
         self._passed = Passed()
-        self.handover = HandOver(config.memory_handover, self.get_input_embeddings().weight)
+        with gathered(self.get_input_embeddings().weight):
+            self.handover = HandOver(config.memory_handover, self.get_input_embeddings().weight)
 
     @classmethod
     def trained_modules(cls, settings: dict) -> list[str]:
@@ -195,7 +196,9 @@ class RecurrentModel(LongContextModel):
             memory = self._recur(grid, range(len(grid) - 1), memory, noisy=False)[1]
             return Encoded(tree_leaves(memory)[0][:0], self._state(grid, memory, state))
         passing = self.config.state_passing if self.training and state is None else 0.0
-        memory, grid.notes = self._passed.take(memory, grid.notes, passing * (self.noise_share > 0))
+        memory, grid.notes = self._passed.take(
+            memory, grid.notes, passing * (self.noise_share > 0)
+        )  # before any is looked up
         hidden, told, last, at = [], {}, memory, 0
         for begin, end in self._windows(grid):
             if begin > at:

@@ -46,6 +46,7 @@ class Grid:
         notes: Notes | None = None,
     ):
         self.segment_length, self.notes = segment_length, notes
+        self._noted: dict[int, tuple[Tensor, Tensor]] = {}
         if attention_mask is None:
             length = torch.full((len(input_ids),), input_ids.shape[1], device=input_ids.device)
         else:
@@ -104,12 +105,15 @@ class Grid:
 
     def notes_after(self, s: int) -> tuple[Tensor, Tensor]:
         """The notes `[B, m]` for the memory that segment s writes, and in how many segments before s each was told, `[B, m]`."""
+        if s in self._noted:
+            return self._noted[s]
         read = [
             (s + 1) * self.segment_length - start if runs else None
             for start, runs in zip(self.start, self.running(s), strict=True)
         ]
         ids, tokens_ago = self.notes.after(read)
-        return ids, tokens_ago // self.segment_length
+        self._noted[s] = ids, tokens_ago // self.segment_length
+        return self._noted[s]
 
     def row_major(self, values: Tensor) -> Tensor:
         """Reorders values of the wanted positions, `[N, ...]`, from segment by segment to row by row."""

@@ -98,7 +98,7 @@ def _open_over_base(path: Path, backbone: dict, merge_base: str, dtype: str):
 def _merge(model, dtype: str) -> LongContextModel:
     merged = model.merge_and_unload()
     merged.config.backbone_quantization = None
-    for name in merged.memory_modules:
+    for name in {*merged.memory_modules, *merged.trained_modules(merged.config.to_dict())}:
         merged.get_submodule(name).to(getattr(torch, dtype))
     return merged
 

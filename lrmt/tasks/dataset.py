@@ -65,7 +65,10 @@ class DatasetTask(Task):
         self.numbers = [number for number, _ in rows]  # of the file
         texts = [[_text_of(row, column, f"{source} row {number}") for column in COLUMNS] for number, row in rows]
         self.inputs, self.questions, self.targets = map(list, zip(*texts, strict=True))
-        self._notes = [_notes_of(row, f"{source} row {number}") for number, row in rows] if split != "test" else []
+        self.wrong_notes: UsageError | None = None  # which matters where notes are scored
+        self._notes = (
+            [self._read_notes(row, f"{source} row {number}") for number, row in rows] if split != "test" else []
+        )
         self.split, self.seed, self.pieces, self.segment_length = split, seed, Pieces(tokenizer), segment_length
         self._buckets: dict[int, list[int]] = {}  # number of segments -> rows
         self.max_new_tokens = 0
@@ -89,12 +92,19 @@ class DatasetTask(Task):
         asked, notes = self.questions[row].strip(), self._take_notes(row) if self._notes else ()
         return Example(join([context, question]), answer, asked, target, self.name, notes)
 
+    def _read_notes(self, row: dict, where: str) -> list[tuple[int, str]]:
+        try:
+            return _notes_of(row, where)
+        except UsageError as error:
+            self.wrong_notes = self.wrong_notes or error
+            return []
+
     def _take_notes(self, row: int) -> tuple[Note, ...]:
         """The row's own notes, each from the end of what it comes after; without any, the target from where the text first says it."""
         text, target = self.inputs[row], self.targets[row]
         told = self._notes[row]
-        if not told and target in text:
-            told = [(text.index(target) + len(target), target)]
+        if not told and (said := _find(target, text)):
+            told = [(said, target.strip())]
         read = map(len, self.pieces.encode([text[:end] for end, _ in told]))
         return tuple(Note(tokens, note) for tokens, (_, note) in zip(read, told, strict=True))
 
@@ -238,6 +248,12 @@ def _load(name: str, config: str | None, split: str, **options) -> list[tuple[in
         raise UsageError(f"cannot load {at}: {one_line(error)}") from error
 
 
+def _find(words: str, text: str) -> int:
+    """Where the text has first said the words, not as a part of others; 0 if it never does."""
+    found = re.search(rf"(?<!\w){re.escape(words.strip())}(?!\w)", text)
+    return found.end() if found else 0
+
+
 def _notes_of(row: dict, where: str) -> list[tuple[int, str]]:
     """The column `notes`, a text or a list of `{after, notes}`: each note, and after how many characters of the input it holds."""
     given = row.get("notes")
@@ -246,7 +262,13 @@ def _notes_of(row: dict, where: str) -> list[tuple[int, str]]:
     said = given
     if isinstance(given, str):
         note = _text_of(row, "notes", where)
-        said = [{"notes": note, "after": note if note in row["input"] else row["input"]}]
+        end = _find(note, row["input"]) or _find(row["target"], row["input"])
+        if not end:
+            raise UsageError(
+                f"{where}: the input says neither its `notes`, {note[:60]!r}, nor its target; give a list of {{after, notes}}, each after "
+                "words of the input"
+            )
+        return [(end, note)]
     if not isinstance(said, list) or not all(isinstance(s, dict) and {"after", "notes"} == s.keys() for s in said):
         raise UsageError(f"{where}: `notes` must be a text or a list of {{after, notes}}; got {str(given)[:60]!r}")
     notes, at = [], 0

@@ -153,7 +153,7 @@ def _start_from(model: PeftModel, path_or_hub_id: str) -> None:
     if not is_adapter(path):
         raise UsageError(f"{told} is no adapter, but a merged checkpoint; name what training wrote")
     saved, config = read_config(path, INIT_FLAG), model.get_base_model().config
-    for name in ("model_type", "backbone_fingerprint"):
+    for name in ("model_type", "backbone_fingerprint", *model.get_base_model().later_state_settings):
         if getattr(saved, name) != getattr(config, name):
             raise UsageError(
                 f"{told} has {name} {getattr(saved, name)}; this run has {getattr(config, name)}; they must agree"

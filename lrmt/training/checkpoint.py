@@ -17,9 +17,9 @@ from lrmt.training.curriculum import Curriculum
 #: written last into a checkpoint: one without it was cut off while being written
 POSITION_FILE = "curriculum.json"
 #: what checkpoints of before do not tell
-JOINED_LATER = (
-    "lora_dropout", "use_rslora", "use_dora", "memory_handover", "memory_shift", "state_passing",
-)  # fmt: skip
+#: what older checkpoints do not say, and what they had; ...: as now
+JOINED_LATER = {"lora_dropout": ..., "use_rslora": ..., "use_dora": ...}
+JOINED_LATER |= {"memory_handover": "identity", "memory_shift": False, "state_passing": 0.0}
 
 
 def find_checkpoint(output_dir: str | os.PathLike, wanted: str | bool | None) -> str | None:
@@ -94,7 +94,8 @@ def check_resumable(checkpoint: str, model: PeftModel, curriculum: Curriculum, i
             f"`--model_name_or_path` {mine.backbone_name}; name that one"
         )
     for name, value in identity.items():
-        before = position["identity"].get(name, value if name in JOINED_LATER else None)
+        before = position["identity"].get(name, JOINED_LATER.get(name))
+        before = value if before is ... else before
         if before != value:
             raise UsageError(
                 f"`--resume_from_checkpoint` {checkpoint}: trained with {name} {before}; got `--{name}` {value}"

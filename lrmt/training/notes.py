@@ -22,9 +22,10 @@ def collate_notes(examples: Sequence[Example], pieces: Pieces, size: int) -> tup
     cut = False
     for row, example in enumerate(examples):
         for number, told in enumerate(pieces.encode([note.text for note in example.notes])):
-            cut = cut or len(told) > size
-            ids[row, number, : len(told)] = torch.from_numpy(told[:size])
             ends[row, number] = example.notes[number].end
+            if example.notes[number].text:  # else there is nothing to say yet, not a space
+                cut = cut or len(told) > size
+                ids[row, number, : len(told)] = torch.from_numpy(told[:size])
     return Notes(ids, ends), cut
 
 

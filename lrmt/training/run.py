@@ -199,13 +199,19 @@ def _check_notes(weights: list[float], config: LongContextConfig, curriculum: Cu
         return
     if not config.note_length:
         raise UsageError(f"{told}: {config.model_type} writes no memory tokens that could say them; leave it out")
-    longest = curriculum.stages[-1] * config.segment_length
-    for task in getattr(tasks["train"], "tasks", [tasks["train"]]):
-        if not any(task.example(index, longest).notes for index in range(LOOKED_AT)):
-            raise UsageError(
-                f"{told}: the first {LOOKED_AT} texts of task {task.name} have none; leave it out, or give rows a column `notes` or "
-                "targets that their input says"
-            )
+    longest, train = curriculum.stages[-1] * config.segment_length, tasks["train"]
+    for task in tasks.values():
+        if error := getattr(task, "wrong_notes", None):
+            raise error
+    written = longest - config.segment_length  # by the last segment that hands anything on
+    texts = (train.example(index, longest) for index in range(LOOKED_AT * len(getattr(train, "tasks", [train]))))
+    if not any(
+        note.end <= max(written, len(text.prompt_ids) - config.segment_length) for text in texts for note in text.notes
+    ):
+        raise UsageError(
+            f"{told}: the first texts of task {train.name} have nothing to note before their last segment; leave it out, train on longer "
+            "texts, or give rows a column `notes`, or targets that their input says"
+        )
 
 
 # ---------------------------------------------------------------------- texts and model

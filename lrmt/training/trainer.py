@@ -129,11 +129,17 @@ class LongContextTrainer(Trainer):
             drawn = self._draw_step(step, num_batches)  # the first, or a promotion has changed the length
             drawn = drawn.agreed(gather_numbers(drawn.numbers(), self.args.device))
         check_same_calls(drawn.calls)
-        # of a mean over the step's notes, whichever rank and micro-batch has them: each loss is averaged over both
-        scored = sum(map(sum, drawn.notes))
-        self._share_of_note = num_batches * self.args.world_size / scored if scored else 0.0
+        self._note_shares = self._share_out(drawn, num_batches)
         self.progress.tokens += sum(b["input_ids"].numel() for b in drawn.micro_batches) * self.args.world_size
         return drawn.micro_batches, None
+
+    def _share_out(self, drawn: Drawn, num_batches: int) -> list[float]:
+        """What the mean loss of the notes of each of this rank's micro-batches weighs, so that their mean over ranks and micro-batches,
+        which training takes, is that over the step's noted tokens, whoever has them. Notes that state passing adds are not counted.
+        """
+        parts, scored = num_batches * self.args.world_size, sum(map(sum, drawn.notes))
+        mine = drawn.notes[self.args.process_index] if scored else []
+        return [parts * count / scored for count in mine] if scored else [1.0] * num_batches
 
     def _draw_step(self, step: int, num_batches: int) -> Drawn:
         """The step's texts; its `calls` are those of this rank alone."""
@@ -174,7 +180,8 @@ class LongContextTrainer(Trainer):
         outputs = model(**inputs)
         if outputs.notes is not None:
             self._told.add(outputs.notes)
-            outputs.loss = outputs.loss + self._note_weight * self._share_of_note * outputs.notes.loss
+            share = self._note_shares[len(self._losses)] / max(1, outputs.notes.count)
+            outputs.loss = outputs.loss + self._note_weight * share * outputs.notes.loss
         self._losses.append((outputs.loss.detach(), inputs))
         if self.accelerator.sync_gradients:  # the step's last micro-batch
             self._check_step(model)
@@ -316,6 +323,7 @@ class LongContextTrainer(Trainer):
         self.args.save_total_limit = limit
         folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
         if kept := self.model.get_base_model().training_state():
+            folder.mkdir(parents=True, exist_ok=True)
             with replacing(folder / self._method_file) as temporary:
                 save_file(kept, temporary)
         self.accelerator.wait_for_everyone()

@@ -261,3 +261,50 @@ def test_unknown_hand_over():
         UsageError, match="`--memory_handover` must be one of identity, scaled, aligned, tokens; got mapped"
     ):
         build(memory_handover="mapped")
+
+
+# ---------------------------------------------------------------------- state passing
+
+
+def test_passed_memories_and_what_they_should_say():
+    """The next texts begin from the memories that were left, and say what those said until they tell something themselves."""
+    model = build_with("identity", state_passing=1.0).train()
+    begun = []
+    begin = model.prefix
+    model.prefix = lambda memory: begun.append(memory) or begin(memory)
+    text, notes = ids(2, 3 * LENGTH), draw_notes(events=1, length=LENGTH)
+    model(text, labels=text, notes=notes)
+    left = begun[2].detach()  # what the last segment has read
+    assert torch.equal(begun[0], model.start(2))
+    begun.clear()
+    later = Notes(draw_notes(events=1).ids.flip(0), torch.full((2, 1), 2 * LENGTH - 1))
+    told, first = model(text, labels=text, notes=later).notes, begun[0]
+    assert torch.equal(first.detach(), left)
+    says = torch.cat(
+        [notes.ids[:, 0], later.ids[:, 0]]
+    )  # after the first segment still the text before, after the second this one
+    assert told.count == int((says != -100).sum()) and model.num_notes(later, text) == int((later.ids != -100).sum())
+    begun.clear()
+    model.eval()
+    model(text, labels=text)
+    assert torch.equal(begun[0], model.start(2))  # in training alone
+    begun.clear()
+    model.train()(text[:1], labels=text[:1])
+    assert torch.equal(begun[0], model.start(1))  # of as many rows alone
+
+
+def test_what_all_rows_begin_from_hangs_on_the_first_memory_all_the_same():
+    """Or ranks that draw differently would have different gradients."""
+    model, text = build_with("identity", state_passing=1.0).train(), ids(2, 2 * LENGTH)
+    for _ in range(2):
+        model.zero_grad()
+        model(text, labels=text).loss.backward()
+        assert model.memory_embedding.weight.grad is not None
+    assert float(model.memory_embedding.weight.grad.abs().max()) == 0
+
+
+def test_a_shifted_memory_of_one_token_is_refused():
+    with pytest.raises(UsageError, match="`--memory_shift` leaves nothing of one memory token"):
+        build(num_memory_tokens=1, memory_shift=True)
+    with pytest.raises(UsageError, match="`--state_passing` must lie in .0, 1.; got 1.5"):
+        build(state_passing=1.5)

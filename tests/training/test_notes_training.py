@@ -33,6 +33,16 @@ def test_the_mean_is_over_the_step_however_it_is_cut(train_small, fp32_flags):
     assert logged(plain, "loss") != pytest.approx(logged(runs[0], "loss"), rel=0.1) and not logged(plain, "notes_loss")
 
 
+def test_the_mean_is_a_mean_with_passed_memories_too(train_small, fp32_flags):
+    """What state passing adds to the notes weighs no more than what is there."""
+    flags = [*fp32_flags, *NOTES, "--curriculum_stages", "3", "3", "--stage_max_steps", "2", "--learning_rate", "0"]
+    with_notes, without = (train_small(*flags, "--state_passing", "1", "--notes_weight", w) for w in ("1", "0"))
+    losses, plain = logged(with_notes, "loss"), logged(without, "loss")
+    told = logged(with_notes, "notes_loss")
+    # the same texts and, at a rate of 0, the same weights: from the second stage on they begin from other texts' memories
+    assert [a - b for a, b in zip(losses, plain, strict=True)] == pytest.approx(told, rel=1e-4)
+
+
 def test_each_stage_has_its_weight(train_small, fp32_flags):
     flags = [*fp32_flags, *NOTES, "--curriculum_stages", "2", "2", "--stage_max_steps", "1", "--learning_rate", "0"]
     full, first = (train_small(*flags, "--notes_weight", *weights) for weights in (["1", "1"], ["1", "0"]))
@@ -75,8 +85,9 @@ def test_the_map_is_saved_and_resumed(train_small, fp32_flags, tmp_path):
     [
         ("--notes_weight -1", "`--notes_weight` must be 0 or more; got .-1.0."),
         ("--notes_weight 1 1 1", "`--notes_weight` must be one number, or one for each of 2 stages; got .1.0, 1.0, 1.0."),
-        ("--notes_weight 1 --task text --text_path book.txt", "`--notes_weight` 1: the first 16 texts of task text have none"),
-        ("--notes_weight 1 --task dataset --dataset_name rows.jsonl", "`--notes_weight` 1: the first 16 texts of task dataset have"),
+        ("--notes_weight 1 --task text --text_path book.txt", "`--notes_weight` 1: the first texts of task text have nothing to note"),
+        ("--notes_weight 1 --task dataset --dataset_name rows.jsonl", "`--notes_weight` 1: the first texts of task dataset have nothing"),
+        ("--notes_weight 1 --curriculum_stages 1", "`--notes_weight` 1: the first texts of task passkey have nothing to note"),
         ("--memory_handover mapped", "`--memory_handover` must be identity, scaled, aligned or tokens; got mapped"),
     ],
 )  # fmt: skip

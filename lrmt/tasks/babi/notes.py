@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from lrmt.tasks.babi.solve import Told, parse
 from lrmt.tasks.babi.vocabulary import TIMES
 
-_TRAIL = 3  #: rooms of which a thing's way keeps the last
+_TRAIL = 5  #: rooms of which a thing's way keeps the last
 
 
 def take_notes(facts: Sequence[str], task: str) -> list[str]:
@@ -32,6 +32,7 @@ def _join(state: dict[str, str]) -> str:
 def _whereabouts(told: Told) -> Iterator[str]:
     """Where people and things are, who holds what, and what kind they are; relations as they were told."""
     state: dict[str, str] = {}
+    traits: dict[str, str] = {}
     relations: list[str] = []
     people: list[str] = []  # whom "they" and "she" mean
     for fact in told:
@@ -40,7 +41,7 @@ def _whereabouts(told: Told) -> Iterator[str]:
             way = {"bigger": "bigger", "fits": "bigger", "fear": "fear"}.get(kind, fact.get("way"))
             relations.insert(0, f"{thing} {way} {other}")
         elif kind in ("kind", "state"):
-            state[person] = f"{state[person]} {thing}" if person in state else thing
+            traits[person] = " ".join([*filter(None, [traits.pop(person, None)]), thing])
         elif kind in ("get", "give"):
             state[thing] = fact.get("receiver", person)
         elif kind == "drop":
@@ -50,7 +51,10 @@ def _whereabouts(told: Told) -> Iterator[str]:
                 people = [person, other] if kind == "both" else [person]
             where = {"not": f"not {thing}", "either": f"{thing} or {other}"}.get(kind, thing)
             state |= dict.fromkeys(people, where)
-        yield " ".join([*relations, *filter(None, [_join(state)])])
+        known = {
+            subject: f"{trait} {state[subject]}" if subject in state else trait for subject, trait in traits.items()
+        }
+        yield " ".join([*relations, *filter(None, [_join(known | {s: w for s, w in state.items() if s not in known})])])
 
 
 def _ways(told: Told) -> Iterator[str]:
