@@ -88,10 +88,7 @@ def run_ranks(program, *flags, config: str | None = None, seconds: float = 600, 
             time.sleep(2)
             break
         time.sleep(0.05)
-    for rank in ranks:
-        if rank.running:
-            rank.kill()
-    codes = [rank.wait() for rank in ranks]
+    codes = [rank.kill() if rank.running else rank.wait() for rank in ranks]
     assert codes == [0, 0], "".join(rank.stdout[-3000:] + rank.stderr[-6000:] for rank in ranks)
     return ranks
 

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lrmt.models.scoring import widened
+
 KINDS = ("identity", "scaled", "aligned", "tokens")
 RIDGE = 1e-2  # of the mean variance of a hidden unit
 LIKELY = 16  # tokens of which a mean is made: what the others say is next to nothing
@@ -39,11 +41,10 @@ class HandOver(nn.Module):
         if self.kind == "identity":
             return hidden
         if self.kind == "tokens":
-            wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
-            share, ids = wide.topk(min(LIKELY, wide.shape[-1]))
+            share, ids = widened(logits).softmax(-1).topk(min(LIKELY, logits.shape[-1]))
             share = share / share.sum(-1, keepdim=True)
             return (share[..., None].to(hidden.dtype) * embed(ids)).sum(-2)
-        wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        wide = widened(hidden)
         if self.kind == "scaled":
             wide = wide * self.size / wide.pow(2).mean(-1, keepdim=True).sqrt().clamp(min=1e-6)
         else:

@@ -56,16 +56,25 @@ class RecurrentState(State):
 
     def tensors(self) -> dict[str, Tensor]:
         """By name; the leaves of a memory that is no single tensor as `memory.…`, each by its path."""
-        leaves = {_name(path): leaf for path, leaf in tree_flatten_with_path(self.memory)[0]}
         names = ("pending_ids", "pending_length", "num_tokens")
-        return leaves | {name: getattr(self, name) for name in names}
+        return named_tensors(self.memory) | {name: getattr(self, name) for name in names}
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], fingerprint: str, model: RecurrentModel) -> RecurrentState:
         tensors = {name: tensor.to(model.device) for name, tensor in tensors.items()}
-        with torch.no_grad():  # of the same structure as any memory of the model
-            memory = tree_map_with_path(lambda path, _: tensors.pop(_name(path)), model.start(1))
+        memory = take_named(tensors, model)
         return cls(fingerprint=fingerprint, cache=None, memory=memory, **tensors)
+
+
+def named_tensors(memory: Memory) -> dict[str, Tensor]:
+    """The leaves of a memory, each by its path."""
+    return {_name(path): leaf for path, leaf in tree_flatten_with_path(memory)[0]}
+
+
+@torch.no_grad()
+def take_named(tensors: dict[str, Tensor], model: RecurrentModel) -> Memory:
+    """The inverse, of the structure of any memory of the model; takes its leaves out of `tensors`."""
+    return tree_map_with_path(lambda path, _: tensors.pop(_name(path)), model.start(1))
 
 
 def _name(path: tuple) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lrmt.models.scoring import IGNORED
+from lrmt.models.scoring import IGNORED, widened
 
 if TYPE_CHECKING:
     from lrmt.models.segments import Grid
@@ -68,8 +68,7 @@ def score(logits: Tensor, notes: Tensor) -> tuple[Tensor, Tensor]:
     `[B, m]` bool.
     """
     logits = logits[:, : notes.shape[1]]
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    loss = F.cross_entropy(wide.flatten(0, 1), notes.flatten(), reduction="sum", ignore_index=IGNORED)
+    loss = F.cross_entropy(widened(logits).flatten(0, 1), notes.flatten(), reduction="sum", ignore_index=IGNORED)
     return loss, logits.detach().argmax(-1) == notes
 
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_map
 
-from lrmt.models.memory import Memory, choose
+from lrmt.models.memory import Memory, choose, named_tensors, take_named
 from lrmt.models.notes import Notes
 from lrmt.models.scoring import IGNORED
 from lrmt.models.segments import Grid
+
+if TYPE_CHECKING:
+    from lrmt.models.recurrent import RecurrentModel
 
 
 class Passed:
@@ -44,12 +49,10 @@ class Passed:
         """For a checkpoint."""
         if self.memory is None:
             return {}
-        leaves = {f"memory.{i}": leaf.contiguous() for i, leaf in enumerate(tree_leaves(self.memory))}
+        leaves = {name: leaf.contiguous() for name, leaf in named_tensors(self.memory).items()}
         return leaves | ({} if self.said is None else {"said": self.said})
 
-    def load(self, tensors: dict[str, Tensor], like: Memory) -> None:
-        """The inverse, of the structure of any memory of the model."""
-        if tensors:
-            spec = tree_flatten(like)[1]
-            self.memory = tree_unflatten([tensors[f"memory.{i}"] for i in range(spec.num_leaves)], spec)
-            self.said = tensors.get("said")
+    def load(self, tensors: dict[str, Tensor], model: RecurrentModel) -> None:
+        """The inverse, on the model's device."""
+        tensors = {name: tensor.to(model.device) for name, tensor in tensors.items()}
+        self.memory, self.said = take_named(tensors, model), tensors.get("said")

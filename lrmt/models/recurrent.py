@@ -196,9 +196,7 @@ class RecurrentModel(LongContextModel):
             memory = self._recur(grid, range(len(grid) - 1), memory, noisy=False)[1]
             return Encoded(tree_leaves(memory)[0][:0], self._state(grid, memory, state))
         passing = self.config.state_passing if self.training and state is None else 0.0
-        memory, grid.notes = self._passed.take(
-            memory, grid.notes, passing * (self.noise_share > 0)
-        )  # before any is looked up
+        memory, grid.notes = self._passed.take(memory, grid.notes, passing * (self.noise_share > 0))
         hidden, told, last, at = [], {}, memory, 0
         for begin, end in self._windows(grid):
             if begin > at:
@@ -206,9 +204,8 @@ class RecurrentModel(LongContextModel):
                     memory = self._recur(grid, range(at, begin), memory)[1]
                 at = begin
             kept, last, scores = self._recur(grid, range(begin, end), memory)
-            first = (
-                begin if (begin, end) == (0, len(grid)) else end - 1
-            )  # of those that count, or one would count twice
+            # of several windows the last segment of each counts, or one would count twice
+            first = begin if (begin, end) == (0, len(grid)) else end - 1
             hidden += kept[first - begin :]
             told |= dict(enumerate(scores[first - begin :], start=first))
         if self.training:
@@ -253,8 +250,7 @@ class RecurrentModel(LongContextModel):
         return self._passed.tensors()
 
     def load_training_state(self, tensors: dict[str, Tensor]) -> None:
-        with torch.no_grad():
-            self._passed.load({name: tensor.to(self.device) for name, tensor in tensors.items()}, self.start(1))
+        self._passed.load(tensors, self)
 
     def log_values(self) -> dict[str, float]:
         return {} if self._memory_norm is None else {"memory_norm": float(self._memory_norm)}

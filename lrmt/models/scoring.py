@@ -41,7 +41,12 @@ def cross_entropy(head, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor
         logits = head(hidden.new_zeros(1, hidden.shape[-1]))
         return logits.sum() * 0.0 + hidden.sum(), logits[:0]
     logits = head(hidden)
-    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets), logits
+    return F.cross_entropy(widened(logits), targets), logits
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """In fp32, or as it is if that is wider."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def lay_out(logits: Tensor, wanted: Tensor, count: int) -> Tensor:

@@ -4,9 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
+from lrmt.models.scoring import IGNORED
 from lrmt.tasks.base import Example
-
-IGNORED = -100
 
 
 def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, torch.Tensor]:

@@ -137,9 +137,10 @@ class LongContextTrainer(Trainer):
         """What the mean loss of the notes of each of this rank's micro-batches weighs, so that their mean over ranks and micro-batches,
         which training takes, is that over the step's noted tokens, whoever has them. Notes that state passing adds are not counted.
         """
-        parts, scored = num_batches * self.args.world_size, sum(map(sum, drawn.notes))
-        mine = drawn.notes[self.args.process_index] if scored else []
-        return [parts * count / scored for count in mine] if scored else [1.0] * num_batches
+        scored = sum(map(sum, drawn.notes))
+        if not scored:
+            return [1.0] * num_batches
+        return [num_batches * self.args.world_size * n / scored for n in drawn.notes[self.args.process_index]]
 
     def _draw_step(self, step: int, num_batches: int) -> Drawn:
         """The step's texts; its `calls` are those of this rank alone."""
