@@ -2,9 +2,9 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -21,8 +21,9 @@ class Note(NamedTuple):
 
 @dataclass(frozen=True)
 class Example:
-    """One tokenised sample: `prompt_ids` int64 [P] (context, question), `answer_ids` int64 [A] (answer, EOS), and the `notes` that
-    hold along the way, each until the next.
+    """One tokenised sample: `prompt_ids` int64 [P] (context, question), `answer_ids` int64 [A] (answer, EOS).
+
+    `take_notes` makes its `notes`, only where they are asked for.
     """
 
     prompt_ids: np.ndarray
@@ -30,7 +31,12 @@ class Example:
     question: str
     target: str
     task: str
-    notes: tuple[Note, ...] = ()
+    take_notes: Callable[[], Iterable[Note]] = tuple
+
+    @cached_property
+    def notes(self) -> tuple[Note, ...]:
+        """What should be known along the way, each until the next."""
+        return tuple(self.take_notes())
 
 
 class Task(ABC):

@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from lrmt.errors import UsageError, one_line
@@ -89,8 +90,8 @@ class DatasetTask(Task):
         row = self.choose(index, length)
         context, question = self.pieces.encode([self.inputs[row], self.questions[row]])
         answer, target = self.pieces.answer(self.targets[row]), self.pieces.said(self.targets[row])
-        asked, notes = self.questions[row].strip(), self._take_notes(row) if self._notes else ()
-        return Example(join([context, question]), answer, asked, target, self.name, notes)
+        take_notes = partial(self._take_notes, row) if self._notes else tuple
+        return Example(join([context, question]), answer, self.questions[row].strip(), target, self.name, take_notes)
 
     def _read_notes(self, row: dict, where: str) -> list[tuple[int, str]]:
         try:
@@ -99,14 +100,14 @@ class DatasetTask(Task):
             self.wrong_notes = self.wrong_notes or error
             return []
 
-    def _take_notes(self, row: int) -> tuple[Note, ...]:
+    def _take_notes(self, row: int) -> list[Note]:
         """The row's own notes, each from the end of what it comes after; without any, the target from where the text first says it."""
         text, target = self.inputs[row], self.targets[row]
         told = self._notes[row]
         if not told and (said := _find(target, text)):
             told = [(said, target.strip())]
         read = map(len, self.pieces.encode([text[:end] for end, _ in told]))
-        return tuple(Note(tokens, note) for tokens, (_, note) in zip(read, told, strict=True))
+        return [Note(tokens, note) for tokens, (_, note) in zip(read, told, strict=True)]
 
     def choose(self, index: int, length: int = 0) -> int:
         """The row that `index` meets."""

@@ -109,9 +109,12 @@ class HaystackTask(Task):
         context = [piece for pair in zip(stretches, facts, strict=False) for piece in pair]
         prompt = join([*before, self.opening_ids, *context, stretches[-1], *after])
         ends = np.cumsum([len(piece) for piece in context])[1::2] + sum(map(len, before)) + len(self.opening_ids)
-        notes = tuple(map(Note, ends.tolist(), self.notes(sample)))
         answer = self.pieces.answer(sample.answer)
-        return Example(prompt, answer, sample.question.strip(), sample.answer, self.name, notes)
+
+        def take_notes():
+            return map(Note, ends.tolist(), self.notes(sample))
+
+        return Example(prompt, answer, sample.question.strip(), sample.answer, self.name, take_notes)
 
     def row(self, index: int, length: int) -> Row:
         """Sample `index` as text whose input has exactly `length` tokens (0: facts alone), question and answer apart.

@@ -80,4 +80,4 @@ class PasskeyTask(Task):
         filler = np.resize(self.filler, max(before, room - before))
         prompt = join([self.task_line, filler[:before], told, filler[: room - before], self.question])
         note = Note(len(self.task_line) + before + len(told), key)
-        return Example(prompt, answer, QUESTION, key, self.name, (note,))
+        return Example(prompt, answer, QUESTION, key, self.name, lambda: [note])

@@ -123,7 +123,7 @@ def pieces(backbones):
 
 def example(*notes):
     empty = torch.zeros(0).long().numpy()
-    return Example(empty, empty, "", "", "", tuple(Note(*note) for note in notes))
+    return Example(empty, empty, "", "", "", lambda: [Note(*note) for note in notes])
 
 
 def test_notes_are_laid_out_and_cut(pieces):
