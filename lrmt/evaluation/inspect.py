@@ -1,4 +1,4 @@
-"""`lrmt inspect`: which blocks of a text each token of a model's answer read, as passages."""
+"""`lrmt inspect`: what a memory says while a text is read, and which blocks of it each token of the answer read, as passages."""
 
 from collections import Counter
 
@@ -9,16 +9,19 @@ from lrmt.errors import UsageError
 from lrmt.evaluation.decoding import decode_answer, generating, greedy
 from lrmt.evaluation.inspection import InspectionSettings
 from lrmt.evaluation.plots import draw_retrieval
+from lrmt.evaluation.readable import tell_memory
 from lrmt.evaluation.run import load_on_device, load_tokenizer, read_config
 from lrmt.files import to_json, told_as, write_files
-from lrmt.models import METHODS, Span
+from lrmt.models import METHODS, Recording, Span
+from lrmt.progress import progress
 from lrmt.tasks.base import Pieces
 
 LONGEST_PASSAGE = 100  # characters shown
+SEGMENTS_AT_ONCE = 16  # read between two steps of the progress bar
 
 
-def run_inspection(settings: InspectionSettings) -> list[dict]:
-    """Reads, answers, writes retrieval.json and retrieval.png, prints what was read; returns the records.
+def run_inspection(settings: InspectionSettings) -> None:
+    """Reads, answers, prints and writes what was read and what the memory said.
 
     Whatever can be refused is refused before the model is loaded and before anything is written (UsageError).
     """
@@ -28,20 +31,29 @@ def run_inspection(settings: InspectionSettings) -> list[dict]:
     model = load_on_device(settings)
     with told_as("--output_dir", settings.folder):
         settings.folder.mkdir(parents=True, exist_ok=True)
-    answer, steps = answer_and_record(model, tokenizer, document, prompt, settings.max_new_tokens)
+    answer, told = answer_and_record(model, tokenizer, document, prompt, settings.max_new_tokens)
+    ids = document + prompt + answer
+    print(f"answer: {decode_answer(answer, tokenizer)!r}\n")
+    if told.written:
+        files = tell_memory(told, ids, answer, tokenizer, settings)
+        write_files(settings.folder, files)
+        print(f"{' and '.join(files)} are in {settings.folder}")
+    if told.read:
+        tell_spans(told.read, ids, answer, tokenizer, config.num_hidden_layers, settings)
+
+
+def tell_spans(steps: list[list[list[Span]]], ids, answer: list[int], tokenizer, num_layers: int, settings) -> None:
+    """Prints what each answer token read of the text `ids`; writes retrieval.json and retrieval.png."""
     tokens = [tokenizer.decode([token]) for token in answer]
     records = build_records(steps, tokens)
-    write_records(settings.folder, records, config.num_hidden_layers, len(answer))
-
-    print(f"answer: {decode_answer(answer, tokenizer)!r}\n")
+    write_records(settings.folder, records, num_layers, len(answer))
     if not records:
-        print(f"no block was retrieved: the text, {len(document) + len(prompt)} tokens, is shorter than what is near")
-        return records
-    print(f"{format_tokens_read(records, tokens, config.num_hidden_layers, settings.top)}\n")
-    passages = find_passages(steps, document + prompt + answer, tokenizer)
-    print(f"{format_passages(records, passages, config.num_hidden_layers, settings.top)}\n")
+        length = len(ids) - len(answer)
+        print(f"no block was retrieved: the text, {length} tokens, is shorter than what is near")
+        return
+    print(f"{format_tokens_read(records, tokens, num_layers, settings.top)}\n")
+    print(f"{format_passages(records, find_passages(steps, ids, tokenizer), num_layers, settings.top)}\n")
     print(f"retrieval.json and retrieval.png are in {settings.folder}")
-    return records
 
 
 def read_recording_config(path):
@@ -50,7 +62,7 @@ def read_recording_config(path):
     if not METHODS[config.model_type].can_record:
         able = " or ".join(name for name, method in METHODS.items() if method.can_record)
         raise UsageError(
-            f"--adapter_path {path} is a model of type {config.model_type}, which reads no blocks; give a {able} adapter"
+            f"--adapter_path {path} is a model of type {config.model_type}, which tells nothing; give a {able} adapter"
         )
     return config
 
@@ -73,8 +85,8 @@ def split_text(settings: InspectionSettings, tokenizer, span_length: int) -> tup
     document = encode([settings.text])[0].tolist()
     if len(document) < span_length:
         raise UsageError(
-            f"--input {settings.input} is shorter than one block: {len(document)} tokens, a block holds {span_length}; "
-            "give a longer text"
+            f"--input {settings.input} is shorter than one block or segment: {len(document)} tokens, it holds "
+            f"{span_length}; give a longer text"
         )
     if settings.question is not None:
         return document, encode([settings.question])[0].tolist()
@@ -83,18 +95,29 @@ def split_text(settings: InspectionSettings, tokenizer, span_length: int) -> tup
     return document[:-1], document[-1:]
 
 
-def answer_and_record(model, tokenizer, document: list[int], prompt: list[int], max_new_tokens: int):
-    """The ids of the greedy answer, and for each of them what `recording` says was read."""
-    state = model.read(torch.tensor([document], device=model.device))
+def answer_and_record(
+    model, tokenizer, document: list[int], prompt: list[int], max_new_tokens: int
+) -> tuple[list[int], Recording]:
+    """The ids of the greedy answer, and what was written on the way and read for each of them."""
+    # as if all came at once: a recurrent model's pieces end where its segments do, however these are aligned
+    length, segment = len(document), getattr(model.config, "segment_length", len(document))
+    size = SEGMENTS_AT_ONCE * segment
+    first = min(length, segment + (length - segment) % size)
+    cuts, state = [0, *range(first, length + 1, size)], None
+    with model.recording() as reading, progress(len(document), "token", "reading", unit_scale=True, leave=False) as bar:
+        for begin, end in zip(cuts, cuts[1:], strict=False):
+            state = model.read(torch.tensor([document[begin:end]], device=model.device), state=state)
+            bar.update(end - begin)
     prompt_ids = torch.tensor([prompt], device=model.device)
-    with model.recording() as steps:
+    with model.recording() as told:
         ids = generating(model)(
             input_ids=prompt_ids,
             attention_mask=torch.ones_like(prompt_ids),
             state=state,
             **greedy(tokenizer, max_new_tokens),
         )
-    return ids[0, len(prompt) :].tolist(), steps
+    told.written[:0] = reading.written
+    return ids[0, len(prompt) :].tolist(), told
 
 
 def build_records(steps: list[list[list[Span]]], tokens: list[str]) -> list[dict]:

@@ -18,23 +18,32 @@ class InspectionSettings(OpeningSettings, OutputFlags):
 
     title: ClassVar[str] = "text"
     description: ClassVar[str] = """\
-Reads a text with an adapter whose method tells what it reads, as landmark attention does, answers, and tells which
-blocks of the text each answer token read beyond what is always near: the passages, and their share of the attention,
-averaged over layers and heads.
+Reads a text, answers, and tells what the memory held on the way.
 
-Writes retrieval.json (one record for each answer token, layer and block: share of the attention in 0..1, averaged over
-heads; start_token, where the block's passage begins) and retrieval.png (layers by blocks, averaged over answer tokens).
+Of a recurrent memory: what each of its vectors says after every segment, by the backbone's own head, where that was said
+first and where it was lost, and how the answer looked at it. Memories say something readable where they were trained with
+--notes_weight. Writes memory.json (every segment: each vector's likeliest token, its probability, and the tokens of the
+segment that its position looked at), memory.png (vectors by segments) and attention.png (what the write positions looked at
+where something new was said, and the answer tokens at the memory).
+
+Of landmark attention: which blocks of the text each answer token read beyond what is always near: the passages, and their
+share of the attention, averaged over layers and heads. Writes retrieval.json (one record for each answer token, layer and
+block: share of the attention in 0..1, averaged over heads; start_token, where the block's passage begins) and retrieval.png
+(layers by blocks, averaged over answer tokens).
 """
     examples: ClassVar[str] = """\
 examples:
-  lrmt inspect --adapter_path runs/landmark --input book.txt --question "What is the pass key? The pass key is"
+  lrmt inspect --adapter_path runs/demo --input book.txt --question "What is the pass key? The pass key is" --note 48213
   lrmt inspect --adapter_path runs/landmark --input book.txt --max_new_tokens 4 --top 3 --output_dir reading
 """
 
     input: str = flag(help="Text to read, UTF-8.", metavar="FILE")
     question: str | None = flag(None, "Asked after the text (default: none, the text goes on).", "TEXT")
     max_new_tokens: int = flag(16, "Longest answer.", "N")
-    top: int = flag(5, "Blocks shown, the best.", "N")
+    note: list[str] | None = flag(
+        None, "What the memory should have kept: told is where it was said, and where lost.", "TEXT"
+    )
+    top: int = flag(5, "Blocks, vectors or tokens shown, the best.", "N")
 
     def __post_init__(self):
         super().__post_init__()
@@ -48,6 +57,8 @@ examples:
             raise UsageError(f"--input {self.input} is empty; name a text file")
         if self.question is not None and not self.question.strip():
             raise UsageError("--question is empty; leave it out to let the text go on")
+        if not all(note.strip() for note in self.note or []):
+            raise UsageError("--note is empty; give what the memory should have kept, or leave it out")
 
     @cached_property
     def text(self) -> str:
@@ -56,5 +67,5 @@ examples:
 
     @property
     def folder(self) -> Path:
-        """Where retrieval.json and retrieval.png go."""
+        """Where files go."""
         return self.place(self.output_dir, "inspection")

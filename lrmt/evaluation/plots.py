@@ -133,10 +133,8 @@ def draw_retrieval(shares: np.ndarray, blocks: list[int]) -> bytes:
     figure = plt.figure(figsize=(max(width, 2.2) + 2.2, max(height, 1) + 1.2), layout="constrained")
     axes = figure.add_subplot()
     mesh = axes.pcolormesh(100 * shares, cmap="Blues", vmin=0, edgecolors="white", linewidth=0.5)
-    step = max(1, round(0.45 * len(blocks) / width))  # as many labels as there is room for
-    axes.set_xticks(np.arange(0, len(blocks), step) + 0.5, blocks[::step], rotation=90 if blocks[-1] > 999 else 0)
-    step = max(1, round(0.45 * num_layers / height))
-    axes.set_yticks(np.arange(0, num_layers, step) + 0.5, range(0, num_layers, step))
+    axes.set_xticks(*spread(blocks, width / 0.45), rotation=90 if blocks[-1] > 999 else 0)
+    axes.set_yticks(*spread(range(num_layers), height / 0.45))
     axes.tick_params(length=0)
     axes.invert_yaxis()
     axes.set_xlabel("Block")
@@ -146,6 +144,86 @@ def draw_retrieval(shares: np.ndarray, blocks: list[int]) -> bytes:
     bar = figure.colorbar(mesh, ax=axes, label="Share of the attention, %", fraction=0.05, pad=0.02)
     bar.outline.set_visible(False)
     return to_png(figure)
+
+
+def draw_memory(probability: np.ndarray, tokens: list[list[str]], sure: float, notes: list[dict]) -> bytes:
+    """A PNG of what a memory says: its vectors by segments, coloured by probability `[segments, k]`; each token is written where it
+    is first said with the probability `sure`, as far as there is room. Lines mark where notes were said, green, and lost, red.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    count, k = probability.shape
+    width = min(max(0.6 * count, 3.0), 24.0)
+    figure = plt.figure(figsize=(width + 1.8, 0.4 * k + 1.4), layout="constrained")
+    axes = figure.add_subplot()
+    mesh = axes.pcolormesh(probability.T, cmap="Blues", vmin=0, vmax=1)
+    room = 0.55 * count / width  # segments that a token's text covers
+    for i in range(k):
+        free, before = 0.0, None
+        for s in range(count):
+            token = tokens[s][i] if probability[s, i] >= sure else None
+            if token is not None and token != before and s >= free:
+                label = escape(token)
+                axes.text(s + 0.1, i + 0.5, label, va="center", fontsize=8, color="white", parse_math=False)
+                free = s + room * max(1.0, len(label) / 5)
+            before = token
+    for first, last in [stretch for note in notes for stretch in note["said"]]:
+        axes.axvline(first - 1, color="tab:green", linewidth=3)
+        if last < count:
+            axes.axvline(last, color="tab:red", linewidth=3)
+    axes.set_xticks(*spread(range(1, count + 1), width / 0.6))
+    axes.set_yticks(np.arange(k) + 0.5, range(1, k + 1))
+    axes.invert_yaxis()
+    axes.tick_params(length=0)
+    axes.set_xlabel("Segment")
+    axes.set_ylabel("Memory vector")
+    figure.colorbar(mesh, ax=axes, label="Probability", fraction=0.05, pad=0.02).outline.set_visible(False)
+    return to_png(figure)
+
+
+def draw_attention(
+    panels: list[tuple[str, np.ndarray, list[str], list[str]]], looked: np.ndarray, answer: list[str]
+) -> bytes:
+    """A PNG of shares of attention: for each `(title, shares [k, W], k rows, W columns)` what was looked at while writing, and
+    below how the tokens of the `answer` looked at the memory, `[answer, k]`.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = [(f"{title}: what the write positions looked at", *rest) for title, *rest in panels]
+    panels.append(("what the answer looked at", looked, answer, [str(i + 1) for i in range(looked.shape[1])]))
+    widest = min(max(0.14 * max(panel[1].shape[1] for panel in panels), 5.0), 24.0)
+    heights = [0.28 * len(panel[1]) + 1.5 for panel in panels]
+    figure = plt.figure(figsize=(widest + 2.0, sum(heights)), layout="constrained")
+    axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for (title, shares, rows, columns), subplot in zip(panels, axes, strict=True):
+        mesh = subplot.pcolormesh(100 * shares, cmap="Blues", vmin=0)
+        subplot.set_xticks(*spread([escape(text) for text in columns], widest / 0.14), rotation=90, fontsize=6)
+        subplot.set_yticks(*spread([escape(text) for text in rows], len(rows)), fontsize=7)
+        for label in [*subplot.get_xticklabels(), *subplot.get_yticklabels()]:
+            label.set_parse_math(False)
+        subplot.invert_yaxis()
+        subplot.tick_params(length=0)
+        subplot.set_title(title, loc="left", fontsize="medium")
+        figure.colorbar(mesh, ax=subplot, label="%", fraction=0.03, pad=0.01).outline.set_visible(False)
+    return to_png(figure)
+
+
+def escape(token: str) -> str:
+    """A token as a label: spaces at its ends and line breaks are seen."""
+    return token.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "·")
+
+
+def spread(labels, room: float) -> tuple[np.ndarray, list]:
+    """Where ticks stand, and their labels: as many as there is room for."""
+    labels = list(labels)
+    step = max(1, -(-len(labels) // max(1, int(room))))
+    return np.arange(0, len(labels), step) + 0.5, labels[::step]
 
 
 def draw_perplexity(records: list[dict]) -> bytes:

@@ -4,7 +4,8 @@ from lrmt.models.base import LongContextModel
 from lrmt.models.config import LongContextConfig, RecurrentConfig
 from lrmt.models.landmark import LandmarkConfig, LandmarkForCausalLM, LandmarkState
 from lrmt.models.memory import RecurrentState
-from lrmt.models.outputs import LongContextOutput, Span
+from lrmt.models.outputs import LongContextOutput
+from lrmt.models.recording import Recording, Span, Written
 from lrmt.models.recurrent import RecurrentModel
 from lrmt.models.rmt import RmtConfig, RmtForCausalLM
 from lrmt.models.state import State
@@ -23,6 +24,7 @@ __all__ = [
     "LongContextConfig",
     "LongContextModel",
     "LongContextOutput",
+    "Recording",
     "RecurrentConfig",
     "RecurrentModel",
     "RecurrentState",
@@ -30,4 +32,5 @@ __all__ = [
     "RmtForCausalLM",
     "Span",
     "State",
+    "Written",
 ]

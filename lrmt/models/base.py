@@ -99,9 +99,7 @@ class LongContextModel(PreTrainedModel, GenerationMixin):
         return {}
 
     def recording(self):
-        """A context that collects, for every forward inside that ends in scored last tokens, what these read: a list with a list of
-        `Span` for each row. Only where `can_record`.
-        """
+        """A context that gives a `Recording`, whole when it ends, of what is read and written inside. Only where `can_record`."""
         raise UsageError(f"a {self.config.model_type} model does not tell what it reads")
 
     def num_backbone_calls(

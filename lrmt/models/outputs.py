@@ -12,18 +12,6 @@ from lrmt.models.notes import NotesScore
 from lrmt.models.state import State
 
 
-class Span(NamedTuple):
-    """A stretch of the text that was read from memory: tokens `start` to `end` (the one after the last), the `number`-th block or
-    segment, with `weight`, its share (0..1) of the attention in a layer, averaged over heads.
-    """
-
-    layer: int
-    number: int
-    start: int
-    end: int
-    weight: float
-
-
 @dataclasses.dataclass
 class LongContextOutput(ModelOutput):
     """`loss` scalar; `logits` `[B, T, V]`, or `[N, V]` for the N scored positions when labels are given; `state`."""

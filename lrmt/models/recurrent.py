@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import inspect
@@ -23,6 +24,7 @@ from lrmt.models.memory import Memory, RecurrentState, choose, root_mean_square
 from lrmt.models.notes import collect, score
 from lrmt.models.outputs import Encoded, Text
 from lrmt.models.passing import Passed
+from lrmt.models.recording import Recording, Written, average_attention, eager_attention
 from lrmt.models.scoring import IGNORED
 from lrmt.models.segments import Grid, Segment, pad_left
 from lrmt.models.state import State
@@ -58,8 +60,10 @@ class RecurrentModel(LongContextModel):
     state_class = RecurrentState
     state_settings = ("segment_length", "segment_alignment")
     later_state_settings = ("memory_handover", "memory_shift")
+    can_record = True
     noise_share = 1.0  #: of `memory_noise`: a curriculum starts with little, or memory is never found
     _memory_norm: Tensor | None = None
+    _record: Recording | None = None
 
     def __init__(self, config: RecurrentConfig, backbone: PreTrainedModel | None = None):
         super().__init__(config, backbone)
@@ -122,12 +126,14 @@ class RecurrentModel(LongContextModel):
         before, after = (tokens[:, :0] if part is None else part for part in (self.prefix(memory), self.suffix(memory)))
         n, width, k = before.shape[1], tokens.shape[1], after.shape[1]
         mask = None if segment.mask is None else F.pad(segment.mask, (n, k), value=True)
-        hidden = self._run_decoder(torch.cat([before, tokens, after], dim=1), mask)
+        hidden, attention = self._run_decoder(torch.cat([before, tokens, after], dim=1), mask)
         before, tokens, after = hidden.split([n, width, k], dim=1)
         kept = hidden.new_zeros(0, hidden.shape[-1]) if segment.wanted is None else tokens[segment.wanted]
         asked, says = segment.notes is not None, None
-        if asked or self.config.memory_handover == "tokens":  # on every rank alike, notes or not
-            says = self.get_output_embeddings()(after)
+        if asked or self._record or self.config.memory_handover == "tokens":  # on every rank alike, notes or not
+            says = self.get_output_embeddings()(after.contiguous())  # of a view the head would be multiplied row by row
+        if self._record:
+            self._record.written.append(Written.of(says, attention[:, n + width :, n : n + width].clone()))
         told = score(says, segment.notes) if asked else None
         after = self.handover(after, says, self.get_input_embeddings())
         if self.config.memory_shift and k:
@@ -150,15 +156,37 @@ class RecurrentModel(LongContextModel):
             memory = choose(grid.running(s), self._with_noise(written) if noisy else written, memory)
         return hidden, memory, told
 
-    def _run_decoder(self, embeds: Tensor, mask: Tensor | None) -> Tensor:
-        """Last hidden states `[B, W, d]` of the decoder; padding (False in `mask [B, W]`) changes nothing else."""
+    def _run_decoder(self, embeds: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Last hidden states `[B, W, d]` of the decoder; padding (False in `mask [B, W]`) changes nothing else. While recording also
+        the shares of its attention, `[B, W, W]`.
+        """
         embeds, mask, position_ids, order = pad_left(embeds, mask)
-        hidden = self.backbone.base_model(
+        hidden, attention = self._decode(
             inputs_embeds=embeds, attention_mask=mask, position_ids=position_ids, use_cache=False
-        ).last_hidden_state
+        )
         if order is None:
-            return hidden
-        return torch.zeros_like(hidden).scatter(1, order[..., None].expand_as(hidden), hidden)
+            return hidden, attention
+        back = order.argsort(dim=1)
+        if attention is not None:
+            attention = attention.gather(1, back[..., None].expand_as(attention))
+            attention = attention.gather(2, back[:, None].expand_as(attention))
+        return torch.zeros_like(hidden).scatter(1, order[..., None].expand_as(hidden), hidden), attention
+
+    def _decode(self, **inputs) -> tuple[Tensor, Tensor | None]:
+        """Last hidden states and, while recording, attention."""
+        if not self._record:
+            return self.backbone.base_model(**inputs).last_hidden_state, None
+        output = self.backbone.base_model(**inputs, output_attentions=True)
+        return output.last_hidden_state, average_attention(output.attentions)
+
+    @contextlib.contextmanager
+    def recording(self):
+        with eager_attention(self.backbone):
+            self._record = Recording()
+            try:
+                yield self._record
+            finally:
+                self._record = None
 
     def _with_noise(self, memory: Memory) -> Memory:
         noise = self.config.memory_noise * self.noise_share
@@ -307,13 +335,17 @@ class RecurrentModel(LongContextModel):
         )
 
     def _run_cached(self, state, cache: RunningCache, embeds: Tensor, position_ids: Tensor | None):
-        hidden = self.backbone.base_model(
+        hidden, attention = self._decode(
             inputs_embeds=embeds,
             attention_mask=cache.mask,
             position_ids=position_ids,
             past_key_values=cache.kv,
             use_cache=True,
-        ).last_hidden_state
+        )
+        if self._record and (before := self.prefix(state.memory)) is not None:
+            padding = 0 if cache.mask is None else (cache.mask == 0).sum(1, keepdim=True)
+            place = torch.arange(before.shape[1], device=hidden.device) + padding
+            self._record.looked.append(attention[:, -1].gather(1, place.expand(len(hidden), -1)))
         return hidden[:, -1], dataclasses.replace(state, cache=cache)
 
 

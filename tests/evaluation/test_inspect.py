@@ -18,7 +18,7 @@ from lrmt.arguments import ModelArguments
 from lrmt.cli import main
 from lrmt.evaluation.inspect import answer_and_record, build_records, shorten
 from lrmt.evaluation.plots import draw_retrieval
-from lrmt.models import LandmarkForCausalLM, RmtForCausalLM, Span
+from lrmt.models import LandmarkForCausalLM, Recording, RmtForCausalLM, Span
 from lrmt.training.build import build_model
 
 K, LAYERS, HEADS, TOP_K = 8, 2, 4, 2
@@ -235,8 +235,9 @@ def test_bad_input_is_one_line_and_writes_nothing(inspect, backbones, tmp_path, 
         ([], {"input": tmp_path}, "cannot be read (Is a directory)"),
         ([], {"input": tmp_path / "empty.txt"}, "empty.txt is empty"),
         ([], {"input": tmp_path / "latin.txt"}, "latin.txt is not UTF-8 text (byte 5)"),
-        ([], {"input": tmp_path / "short.txt"}, "short.txt is shorter than one block: "),
-        ([], {"adapter": rmt}, "is a model of type rmt, which reads no blocks"),
+        ([], {"input": tmp_path / "short.txt"}, "short.txt is shorter than one block or segment: "),
+        ([], {"input": tmp_path / "short.txt", "adapter": rmt}, "short.txt is shorter than one block or segment: "),
+        (["--note", "7", " "], {}, "--note is empty"),
         ([], {"adapter": tmp_path / "nowhere"}, "--adapter_path must be a folder"),
         ([], {"output_dir": used}, "is not empty; name another, or give --overwrite"),
         ([], {"output_dir": used / "thesis.txt"}, "--output_dir must be a folder"),
@@ -272,17 +273,16 @@ def test_any_method_that_tells_what_it_reads(inspect, backbones, tmp_path, monke
 
     @contextmanager
     def recording(self):
-        steps = []
+        told = Recording()
 
         def record(self, *arguments, **named):
-            steps.append([[Span(0, 0, 0, segment, 0.25), Span(1, 2, 2 * segment, 3 * segment, 0.75)]])
+            told.read.append([[Span(0, 0, 0, segment, 0.25), Span(1, 2, 2 * segment, 3 * segment, 0.75)]])
             return forward(self, *arguments, **named)
 
         with monkeypatch.context() as patched:
             patched.setattr(RmtForCausalLM, "forward", record)
-            yield steps
+            yield told
 
-    monkeypatch.setattr(RmtForCausalLM, "can_record", True)
     monkeypatch.setattr(RmtForCausalLM, "recording", recording)
     assert inspect("--max_new_tokens", "3", "--question", QUESTION, adapter=rmt) == 0
     records = json.loads((tmp_path / "out" / "retrieval.json").read_text())

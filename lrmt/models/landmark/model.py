@@ -19,7 +19,8 @@ from lrmt.models.landmark.attention import landmark_attention
 from lrmt.models.landmark.cache import Blocks, Chunk
 from lrmt.models.landmark.hooks import check_backbone, switch_sliding_window_off
 from lrmt.models.landmark.state import LandmarkState
-from lrmt.models.outputs import Encoded, Span, Text
+from lrmt.models.outputs import Encoded, Text
+from lrmt.models.recording import Recording, Span
 
 #: tokens for which places are computed at once: a long text takes no memory but its own
 TOKENS_LAID_OUT_AT_ONCE = 8192
@@ -320,12 +321,12 @@ class LandmarkForCausalLM(LongContextModel):
 
     @contextlib.contextmanager
     def recording(self):
-        steps: list[list[list[Span]]] = []
+        told = Recording()
         with self._recording_blocks() as record:
             try:
-                yield steps
+                yield told
             finally:
-                steps += [self._spans(step) for step in record]
+                told.read += [self._spans(step) for step in record]
 
     def _spans(self, step: dict) -> list[list[Span]]:
         """The blocks that each row read, as spans: `{(row, layer): (blocks [H, k], shares [H, k])}` averaged over heads."""
