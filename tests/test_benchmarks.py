@@ -68,6 +68,20 @@ def test_landmark_benchmarks_run(tmp_path):
         assert rows[1]["near_ratio"] < 1.05 and rows[1]["blocks_mib"] >= 2 * rows[0]["blocks_mib"]
 
 
+def test_the_checks_for_a_gpu_hold_on_a_cpu_too(tmp_path):
+    run(ROOT / "benchmarks" / "gpu.py", "--tiny", "--output_dir", tmp_path)  # ends with 1 if a check fails
+    checks = json.loads((tmp_path / "gpu_checks.json").read_text())["rows"]
+    skipped = {r["check"] for r in checks if r["result"].startswith("skipped")}
+    if not torch.cuda.is_available():
+        assert skipped == {"landmark flex fp32", "landmark flex bf16"}
+    assert all(r["result"] == "ok" and r["difference"] <= r["bound"] for r in checks if r["check"] not in skipped)
+    figures = json.loads((tmp_path / "gpu_speed.json").read_text())["rows"]
+    assert {r["figure"].split(",")[0] for r in figures} == {
+        "bf16 matrix product", "reading", "one more token", "training step",
+    }  # fmt: skip
+    assert all(r["value"] > 0 and r["ratio"] > 0 for r in figures)
+
+
 def bytes_saved_for_backward(segments, checkpoint_segments):
     """Bytes that autograd holds between forward and backward: every storage once, the weights aside."""
     torch.manual_seed(0)

@@ -1,0 +1,314 @@
+"""Everything that only a GPU can tell, in one call: is every path right on the device, and how fast is it?
+
+    python benchmarks/gpu.py
+
+Checks first: RMT and landmark attention against the same computed plainly, in fp32 on the CPU or by another implementation; each gives
+the largest difference, as a share of the largest value, and its bound. Then figures: a landmark training step beside full (flash)
+attention, reading as a share of the device's matrix products in bf16, one more token after a long text. Nothing is
+downloaded; what a package is missing for is skipped, and what fails is told and does not stop the rest. Exit code 1 if a check failed.
+On a CPU, or with --tiny, sizes are such that all of it takes seconds: a rehearsal, whose speeds mean nothing.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+import traceback
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from common import pick_device, write_report
+from landmark_read import decode_seconds
+from landmark_throughput import build_step
+from throughput import measure_seconds
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lrmt.models import LandmarkForCausalLM, RmtForCausalLM
+from lrmt.models.landmark.attention import landmark_attention
+
+FP32, BF16 = 2e-4, 4e-2  # bounds of differences: other kernels sum in other orders
+SIZES = {
+    "full": {
+        "train_tokens": [8192, 16_384, 32_768], "train_hidden": 2048, "train_layers": 4, "rounds": 5, "matrix": 8192,
+        "read_hidden": 2048, "read_layers": 16, "segment_length": 1024, "batch": 8, "read_segments": 16,
+        "decode_tokens": [16_384, 131_072], "decode_hidden": 2048, "decode_layers": 4,
+    },
+    "tiny": {
+        "train_tokens": [512], "train_hidden": 64, "train_layers": 1, "rounds": 1, "matrix": 256,
+        "read_hidden": 64, "read_layers": 1, "segment_length": 64, "batch": 2, "read_segments": 3,
+        "decode_tokens": [256, 512], "decode_hidden": 64, "decode_layers": 1,
+    },
+}  # fmt: skip
+
+
+class Skipped(Exception):
+    """What this machine lacks for a check."""
+
+
+def llama(hidden_size: int, layers: int, vocabulary: int = 1024, positions: int = 4096, **settings) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=hidden_size, intermediate_size=4 * hidden_size, num_hidden_layers=layers,
+        num_attention_heads=max(2, hidden_size // 64), num_key_value_heads=max(1, hidden_size // 256),
+        max_position_embeddings=positions, bos_token_id=None, eos_token_id=None, **settings,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    """The largest, as a share of the largest value."""
+    one, other = one.detach().double().cpu(), other.detach().double().cpu()
+    return float((one - other).abs().max() / other.abs().max().clamp(min=1e-30))
+
+
+# ------------------------------------------------------------------ checks
+
+
+def memory_model(handover: str = "tokens", **settings) -> RmtForCausalLM:
+    torch.manual_seed(1)
+    return RmtForCausalLM.from_backbone(
+        llama(128, 2, **settings), num_memory_tokens=4, segment_length=48, memory_handover=handover,
+        memory_shift=handover == "tokens",
+    ).eval()  # fmt: skip
+
+
+def score(model, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of the second half of a text, and the gradient of the memory."""
+    labels = ids.clone()
+    labels[:, : ids.shape[1] // 2] = -100
+    model.zero_grad()
+    output = model(input_ids=ids, labels=labels)
+    output.loss.backward()
+    return output.logits, model.memory_embedding.weight.grad.clone()
+
+
+def texts(rows: int, tokens: int) -> torch.Tensor:
+    return torch.randint(0, 1024, (rows, tokens), generator=torch.Generator().manual_seed(2))
+
+
+def check_rmt(handover: str, dtype: torch.dtype) -> float:
+    """RMT on the device against fp32 on the CPU: logits and the gradient of the memory, over 5 segments."""
+    ids, model = texts(2, 230), memory_model(handover)
+    want = score(model, ids)
+    got = score(model.to(pick_device(), dtype), ids)
+    return max(map(difference, got, want))
+
+
+def check_pieces() -> float:
+    """A text read in pieces of any length, saved, loaded on the CPU and moved back, against the text at once."""
+    model, ids = memory_model().to(pick_device()), texts(1, 230)
+    whole = model(ids.to(model.device), logits_to_keep=1).logits
+    state = None
+    for piece in ids[:, :-7].split(31, dim=1):
+        state = model.read(piece, state=state)
+    with tempfile.TemporaryDirectory() as folder:
+        state.save(Path(folder, "state.safetensors"))
+        state = model.cpu().load_state(Path(folder, "state.safetensors"))
+        model.to(pick_device())  # the state follows when it is used
+        return difference(model(ids[:, -7:].to(model.device), state=state, logits_to_keep=1).logits, whole)
+
+
+def check_checkpointing() -> float:
+    """Constant-memory BPTT against all segments kept: gradients."""
+    ids, model = texts(2, 230), memory_model().to(pick_device())
+    want = score(model, ids)[1]
+    model.config.checkpoint_segments = True
+    return difference(score(model, ids)[1], want)
+
+
+def check_nf4() -> float:
+    """Four-bit weights on the device against the same weights dequantised: logits."""
+    try:
+        import bitsandbytes as bnb
+    except ImportError as error:
+        raise Skipped("bitsandbytes is not installed") from error
+    model, ids = memory_model(), texts(2, 230)
+    plain = memory_model().to(pick_device())
+    for (name, module), (_, twin) in zip(list(model.named_modules()), list(plain.named_modules()), strict=True):
+        if isinstance(module, torch.nn.Linear) and "lm_head" not in name:
+            layer = bnb.nn.Linear4bit(
+                module.in_features, module.out_features, bias=False, quant_type="nf4", compute_dtype=torch.float32
+            )
+            layer.weight = bnb.nn.Params4bit(module.weight.data, quant_type="nf4", requires_grad=False)
+            owner, _, last = name.rpartition(".")
+            setattr(model.get_submodule(owner), last, layer.to(pick_device()))
+            twin.weight.data = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
+    model.to(pick_device()).train()
+    return difference(score(model, ids)[0], score(plain, ids)[0])
+
+
+def check_landmark(implementation: str, dtype: torch.dtype) -> float:
+    """Grouped-query landmark attention against its definition, forward and backward, with padding and an unfinished block."""
+    if implementation == "flex" and not torch.cuda.is_available():
+        raise Skipped("FlexAttention has no backward pass on a CPU")
+    return max(map(difference, attend(implementation, pick_device(), dtype), definition()))
+
+
+@lru_cache
+def definition() -> list[torch.Tensor]:
+    return attend("naive", "cpu", torch.float64)
+
+
+def attend(implementation: str, device, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Output and gradients of landmark attention on random inputs."""
+    generator = torch.Generator().manual_seed(3)
+    mask = torch.ones(2, 75, dtype=torch.bool)
+    mask[1, :20] = False
+    mask = mask.to(device)
+    inputs = [
+        torch.randn(2, heads, 75, 64, generator=generator).to(device, dtype).requires_grad_() for heads in (4, 2, 2)
+    ]
+    out = landmark_attention(*inputs, block_length=8, key_mask=mask, implementation=implementation)
+    out = out.where(mask[:, None, :, None], 0)
+    out.float().pow(2).sum().backward()
+    return [out, *(i.grad for i in inputs)]
+
+
+def check_offloading() -> float:
+    """Blocks in pinned CPU memory against blocks on the device: the state's answer after 30 blocks."""
+    logits = []
+    for offload in (False, True):
+        torch.manual_seed(1)
+        model = LandmarkForCausalLM.from_backbone(
+            llama(128, 2), block_length=16, context_length=128, top_k=2, offload_blocks=offload
+        )
+        model = model.to(pick_device()).eval()
+        state = model.read(texts(1, 450))
+        logits.append(model(texts(1, 5).to(model.device), state=state, logits_to_keep=1).logits)
+    return difference(logits[1], logits[0])
+
+
+CHECKS = {
+    **{
+        f"rmt {handover} {name}": (lambda h=handover, d=dtype: check_rmt(h, d), bound)
+        for handover in ("identity", "scaled")
+        for name, dtype, bound in (("fp32", torch.float32, FP32), ("bf16", torch.bfloat16, BF16))
+    },
+    # of a random head the likeliest tokens are a toss-up in bf16
+    "rmt tokens fp32": (lambda: check_rmt("tokens", torch.float32), FP32),
+    "rmt pieces, saved and moved": (check_pieces, FP32),
+    "rmt constant-memory BPTT": (check_checkpointing, FP32),
+    "rmt NF4": (check_nf4, FP32),
+    **{
+        f"landmark {name} {kind}": (lambda n=name, d=dtype: check_landmark(n, d), bound)
+        for name in ("naive", "sdpa", "flex")
+        for kind, dtype, bound in (("fp32", torch.float32, FP32), ("bf16", torch.bfloat16, BF16))
+    },
+    "landmark offloaded blocks": (check_offloading, FP32),
+}
+
+
+def run_checks() -> list[dict]:
+    rows = []
+    for name, (check, bound) in CHECKS.items():
+        begin = time.perf_counter()
+        row = {"check": name, "difference": float("nan"), "bound": bound, "result": "", "seconds": 0.0}
+        try:
+            row["difference"] = check()
+            row["result"] = "ok" if row["difference"] <= bound else "FAILED"
+        except Skipped as reason:
+            row["result"] = f"skipped: {reason}"
+        except Exception as error:
+            traceback.print_exc()
+            row["result"] = f"FAILED: {type(error).__name__}"
+        row["seconds"] = time.perf_counter() - begin
+        rows.append(row)
+    return rows
+
+
+# ------------------------------------------------------------------ figures
+
+
+def matrix_peak(size: int) -> float:
+    """FLOP/s of bf16 matrix products, the best of a few."""
+    a = torch.randn(size, size, device=pick_device(), dtype=torch.bfloat16)
+    return 2 * size**3 / min(measure_seconds(lambda: a @ a) for _ in range(10))
+
+
+def measure_training(sizes: dict) -> list[dict]:
+    """A landmark training step as a share of the speed of full attention."""
+    rows = []
+    for tokens in sizes["train_tokens"]:
+        shape = {"hidden_size": sizes["train_hidden"], "layers": sizes["train_layers"], "block_length": 64}
+        steps = {variant: build_step(variant, tokens, **shape)[1] for variant in ("full", "landmark")}
+        for step in steps.values():
+            step()  # compiles
+        best = {variant: min(measure_seconds(step) for _ in range(sizes["rounds"])) for variant, step in steps.items()}
+        for variant, seconds in best.items():
+            rows.append(
+                {
+                    "figure": f"training step, {variant}", "tokens": tokens, "value": tokens / seconds, "unit": "tokens/s",
+                    "ratio": best["full"] / seconds,
+                }
+            )  # fmt: skip
+    return rows
+
+
+@torch.no_grad()
+def measure_reading(sizes: dict) -> list[dict]:
+    """RMT's reading as a share of what the device's matrix products alone allow."""
+    length = sizes["segment_length"]
+    backbone = llama(sizes["read_hidden"], sizes["read_layers"], positions=length + 32).to(torch.bfloat16)
+    weights = sum(p.numel() for layer in backbone.model.layers for p in layer.parameters())
+    model = RmtForCausalLM.from_backbone(
+        backbone, num_memory_tokens=16, segment_length=length, memory_handover="tokens"
+    )
+    model = model.to(pick_device()).eval()
+    ids = texts(sizes["batch"], sizes["read_segments"] * length).to(model.device)
+    seconds = min(measure_seconds(lambda: model.read(ids)) for _ in range(3))
+    flops = 2 * weights * ids.numel() / seconds
+    peak = matrix_peak(sizes["matrix"])
+    return [
+        {"figure": "bf16 matrix product", "tokens": 0, "value": peak / 1e12, "unit": "TFLOP/s", "ratio": 1.0},
+        {
+            "figure": "reading, RMT", "tokens": ids.numel(), "value": ids.numel() / seconds, "unit": "tokens/s",
+            "ratio": flops / peak,
+        },
+    ]  # fmt: skip
+
+
+@torch.no_grad()
+def measure_decoding(sizes: dict) -> list[dict]:
+    """One more token after a long text, landmark attention with offloaded blocks."""
+    torch.manual_seed(1)
+    model = LandmarkForCausalLM.from_backbone(
+        llama(sizes["decode_hidden"], sizes["decode_layers"]), block_length=64, context_length=1024, top_k=4, offload_blocks=True
+    )  # fmt: skip
+    model = model.to(pick_device(), torch.bfloat16 if torch.cuda.is_available() else torch.float32).eval()
+    states = {n: model.read(texts(1, n)) for n in sizes["decode_tokens"]}
+    best = {n: min(decode_seconds(model, state) for _ in range(10)) for n, state in states.items()}
+    first = next(iter(best.values()))
+    return [
+        {"figure": "one more token, landmark", "tokens": n, "value": 1000 * s, "unit": "ms", "ratio": s / first}
+        for n, s in best.items()
+    ]
+
+
+def run_figures(sizes: dict) -> list[dict]:
+    rows = []
+    for measure in (measure_reading, measure_decoding, measure_training):
+        try:
+            rows += measure(sizes)
+        except Exception as error:
+            traceback.print_exc()
+            rows.append(
+                {"figure": measure.__name__, "tokens": 0, "value": float("nan"), "unit": type(error).__name__, "ratio": float("nan")}
+            )  # fmt: skip
+    return rows
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true", help="small sizes on a GPU too")
+    parser.add_argument("--output_dir", default="runs/benchmarks")
+    options = vars(parser.parse_args(argv))
+    size = "tiny" if options["tiny"] or not torch.cuda.is_available() else "full"
+    checks = run_checks()
+    write_report("gpu_checks", options["output_dir"], {"size": size}, checks)
+    write_report("gpu_speed", options["output_dir"], SIZES[size], run_figures(SIZES[size]))
+    return int(any(row["result"].startswith("FAILED") for row in checks))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
