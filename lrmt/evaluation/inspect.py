@@ -9,12 +9,16 @@ from lrmt.errors import UsageError
 from lrmt.evaluation.decoding import decode_answer, generating, greedy
 from lrmt.evaluation.inspection import InspectionSettings
 from lrmt.evaluation.plots import draw_retrieval
+from lrmt.evaluation.rag import context_ids
 from lrmt.evaluation.readable import tell_memory
 from lrmt.evaluation.run import load_on_device, load_tokenizer, read_config
 from lrmt.files import to_json, told_as, write_files
+from lrmt.lengths import parse_segments
 from lrmt.models import METHODS, Recording, Span
 from lrmt.progress import progress
 from lrmt.tasks.base import Pieces
+from lrmt.tasks.options import TaskOptions
+from lrmt.tasks.registry import build_task
 
 LONGEST_PASSAGE = 100  # characters shown
 SEGMENTS_AT_ONCE = 16  # read between two steps of the progress bar
@@ -27,7 +31,10 @@ def run_inspection(settings: InspectionSettings) -> None:
     """
     config = read_recording_config(settings.adapter_path)
     tokenizer = load_tokenizer(settings.adapter_path)
-    document, prompt = split_text(settings, tokenizer, config.span_length)
+    if settings.task:
+        document, prompt, notes = make_sample(settings, tokenizer, config.span_length)
+    else:
+        (document, prompt), notes = split_text(settings, tokenizer, config.span_length), settings.note or []
     model = load_on_device(settings)
     with told_as("--output_dir", settings.folder):
         settings.folder.mkdir(parents=True, exist_ok=True)
@@ -35,7 +42,7 @@ def run_inspection(settings: InspectionSettings) -> None:
     ids = document + prompt + answer
     print(f"answer: {decode_answer(answer, tokenizer)!r}\n")
     if told.written:
-        files = tell_memory(told, ids, answer, tokenizer, settings)
+        files = tell_memory(told, ids, answer, tokenizer, notes, settings.top)
         write_files(settings.folder, files)
         print(f"{' and '.join(files)} are in {settings.folder}")
     if told.read:
@@ -93,6 +100,23 @@ def split_text(settings: InspectionSettings, tokenizer, span_length: int) -> tup
     if len(document) == 1:
         raise UsageError(f"--input {settings.input} is a single token; give a longer text, or a --question")
     return document[:-1], document[-1:]
+
+
+def make_sample(settings: InspectionSettings, tokenizer, span_length: int) -> tuple[list[int], list[int], list[str]]:
+    """Ids of the document and of the question of a sample of a task, and its last notes; says what it asks for."""
+    options = {"split": "test", "seed": settings.seed, "segment_length": span_length}
+    task = build_task(settings.task, tokenizer, TaskOptions.of(settings), **options)
+    example = task.example(0, parse_segments(settings.length, span_length) * span_length)
+    pieces = Pieces(tokenizer)
+    document = context_ids(example, pieces).tolist()
+    if len(document) < span_length:
+        raise UsageError(
+            f"--length {settings.length} leaves {len(document)} tokens before the question, less than one block or segment of "
+            f"{span_length}; ask for more"
+        )
+    print(f"question: {example.question!r}, target: {example.target!r}, {len(document)} tokens")
+    notes = settings.note or [note.text for note in example.notes[-1:]]
+    return document, pieces(example.question).tolist(), notes
 
 
 def answer_and_record(

@@ -6,39 +6,50 @@ from pathlib import Path
 from typing import ClassVar
 
 from lrmt.errors import UsageError
-from lrmt.evaluation.groups import OutputFlags, check_least
+from lrmt.evaluation.groups import OutputFlags, check_least, check_seed
 from lrmt.evaluation.opening import OpeningSettings
 from lrmt.files import read_text
 from lrmt.flags import flag
+from lrmt.lengths import parse_segments
+from lrmt.tasks.names import GENERATED
+from lrmt.tasks.options import BackgroundOptions, StoryOptions, check_choice
 
 
 @dataclass(kw_only=True)
-class InspectionSettings(OpeningSettings, OutputFlags):
+class InspectionSettings(OpeningSettings, StoryOptions, BackgroundOptions, OutputFlags):
     """Settings of one inspection; raises UsageError, one line, for whatever cannot work."""
 
     title: ClassVar[str] = "text"
     description: ClassVar[str] = """\
 Reads a text, answers, and tells what the memory held on the way.
 
-Of a recurrent memory: what each of its vectors says after every segment, by the backbone's own head, where that was said
-first and where it was lost, and how the answer looked at it. Memories say something readable where they were trained with
---notes_weight. Writes memory.json (every segment: each vector's likeliest token, its probability, and the tokens of the
-segment that its position looked at), memory.png (vectors by segments) and attention.png (what the write positions looked at
-where something new was said, and the answer tokens at the memory).
+Of a recurrent memory: what each of its vectors says after every segment, by the backbone's own head, where that was
+said first and where it was lost, and how the answer looked at it. Memories say something readable where they were
+trained with --notes_weight. Writes memory.json (every segment: each vector's likeliest token, its probability, and
+the tokens of the segment that its position looked at), memory.png (vectors by segments) and attention.png (what the
+write positions looked at where something new was said, and the answer tokens at the memory).
 
-Of landmark attention: which blocks of the text each answer token read beyond what is always near: the passages, and their
-share of the attention, averaged over layers and heads. Writes retrieval.json (one record for each answer token, layer and
-block: share of the attention in 0..1, averaged over heads; start_token, where the block's passage begins) and retrieval.png
-(layers by blocks, averaged over answer tokens).
+Of landmark attention: which blocks of the text each answer token read beyond what is always near: the passages, and
+their share of the attention, averaged over layers and heads. Writes retrieval.json (one record for each answer token,
+layer and block: share of the attention in 0..1, averaged over heads; start_token, where the block's passage begins)
+and retrieval.png (layers by blocks, averaged over answer tokens).
 """
     examples: ClassVar[str] = """\
 examples:
   lrmt inspect --adapter_path runs/demo --input book.txt --question "What is the pass key? The pass key is" --note 48213
+  lrmt inspect --adapter_path runs/demo --task passkey --length 100k --output_dir reading
   lrmt inspect --adapter_path runs/landmark --input book.txt --max_new_tokens 4 --top 3 --output_dir reading
 """
 
-    input: str = flag(help="Text to read, UTF-8.", metavar="FILE")
+    input: str | None = flag(None, "Text to read, UTF-8.", "FILE")
     question: str | None = flag(None, "Asked after the text (default: none, the text goes on).", "TEXT")
+    task: str | None = flag(
+        None,
+        "Instead of a text and a question, a sample of this task: passkey, qa1, …; its last notes are followed.",
+        "NAME",
+    )
+    length: str = flag("16", "Of a sample: segments or blocks, or tokens with k or M (100k).")
+    seed: int = flag(0, "Of a sample.", "N")
     max_new_tokens: int = flag(16, "Longest answer.", "N")
     note: list[str] | None = flag(
         None, "What the memory should have kept: told is where it was said, and where lost.", "TEXT"
@@ -53,7 +64,19 @@ examples:
     def check(self):
         for name in ("max_new_tokens", "top"):
             check_least(self, name, 1)
-        if not self.text.strip():
+        check_seed(self.seed)
+        parse_segments(self.length)
+        if (self.input is None) == (self.task is None):
+            raise UsageError(
+                f"give either --input, a text, or --task, of which a sample is made; got {self.input} and {self.task}"
+            )
+        if self.task is not None:
+            check_choice("task", self.task, GENERATED)
+            if self.question is not None:
+                raise UsageError(
+                    f"--question {self.question!r} is of a text; a sample of --task has its own, leave it out"
+                )
+        elif not self.text.strip():
             raise UsageError(f"--input {self.input} is empty; name a text file")
         if self.question is not None and not self.question.strip():
             raise UsageError("--question is empty; leave it out to let the text go on")

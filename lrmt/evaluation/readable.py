@@ -8,7 +8,6 @@ from itertools import pairwise
 import numpy as np
 from torch import Tensor
 
-from lrmt.evaluation.inspection import InspectionSettings
 from lrmt.evaluation.plots import draw_attention, draw_memory
 from lrmt.files import to_json
 from lrmt.models import Recording
@@ -18,14 +17,16 @@ SURE = 0.5  # what a vector says with this probability counts as said
 PANELS = 3  # segments whose writing is drawn
 
 
-def tell_memory(told: Recording, ids: list[int], answer: list[int], tokenizer, settings: InspectionSettings) -> dict:
-    """Prints what the memory said while the text `ids` was read, and how the `answer`, its end, looked at it; the files, by name."""
+def tell_memory(told: Recording, ids: list[int], answer: list[int], tokenizer, notes: list[str], top: int) -> dict:
+    """Prints what the memory said while the text `ids` was read, what of the `notes` it kept, and how the `answer`, the end of the
+    text, looked at it; the files, by name.
+    """
     if not len(told.written[0].ids[0]):
         print("this memory is not made of vectors that the head could read\n")
         return {"memory.json": to_json({"segments": [], "notes": [], "answer": []})}
-    segments = tell_segments(told, ids, tokenizer, settings.top)
+    segments = tell_segments(told, ids, tokenizer, top)
     said = [sure_ids(written.ids[0], written.probability[0]) for written in told.written]
-    notes = [follow(note, said, tokenizer) for note in settings.note or []]
+    notes = [follow(note, said, tokenizer) for note in notes]
     looked = np.stack([to_numpy(shares) for shares in told.looked])
     answered = [
         {"text": tokenizer.decode([token]), "looked": row.tolist()} for token, row in zip(answer, looked, strict=True)
@@ -33,7 +34,7 @@ def tell_memory(told: Recording, ids: list[int], answer: list[int], tokenizer, s
     print(f"{format_segments(segments)}\n")
     if notes:
         print("\n".join(map(format_note, notes)) + "\n")
-    print(f"{format_looks(answered, settings.top)}\n")
+    print(f"{format_looks(answered, top)}\n")
     tokens = [[vector["says"] for vector in segment["vectors"]] for segment in segments]
     panels = []
     for number in most_telling(segments, notes):

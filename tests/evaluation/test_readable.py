@@ -15,7 +15,7 @@ from lrmt.evaluation.readable import changes, follow, format_note
 from lrmt.models import RmtForCausalLM
 from lrmt.training.build import build_model
 
-M, L = 4, 12
+M, L = 4, 48
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def plant(monkeypatch, vectors: dict):
 @pytest.fixture
 def text(tmp_path):
     path = tmp_path / "text.txt"
-    path.write_text("The grass is green. The sky is blue. " * 30)
+    path.write_text("The grass is green. The sky is blue. " * 90)
     return path
 
 
@@ -182,6 +182,37 @@ def test_a_memory_that_says_nothing_is_said_to(backbones, text, tmp_path, capsys
     assert main([*map(str, command), "--max_new_tokens", "1"]) == 0
     assert "no vector ever says anything surely" in capsys.readouterr().out
     assert not any(s["gained"] for s in json.loads((tmp_path / "out" / "memory.json").read_text())["segments"])
+
+
+def test_a_sample_of_a_task_is_asked_and_its_notes_followed(copier, tmp_path, capsys):
+    command = ["inspect", "--adapter_path", copier[0], "--task", "passkey", "--output_dir", tmp_path / "out"]
+    assert main([*map(str, command), "--max_new_tokens", "1", "--length", "30"]) == 0
+    first, *_ = out = capsys.readouterr().out.splitlines()
+    target = first.split("target: '")[1][:5]
+    assert first.startswith("question: 'What is the pass key?")
+    assert f"note {target!r}: never said" in out
+    told = json.loads((tmp_path / "out" / "memory.json").read_text())
+    assert len(told["segments"]) == 29
+
+
+def test_a_text_or_a_sample_but_not_both_nor_none(copier, text, tmp_path, capsys):
+    command = [*map(str, ["inspect", "--adapter_path", copier[0], "--output_dir", tmp_path / "out"])]
+    for flags, message in [
+        ([], "give either --input, a text, or --task, of which a sample is made; got None and None"),
+        (["--input", text, "--task", "passkey"], "give either --input"),
+        (["--task", "passkee"], "passkee"),
+        (["--task", "passkey", "--question", "Who?"], "--question 'Who?' is of a text"),
+        (["--task", "qa1", "--length", "1"], "--length 1 leaves"),
+        (["--task", "passkey", "--length", "1"], "passkey does not fit into 48 tokens"),
+        (["--task", "passkey", "--length", "many"], "many"),
+        (["--task", "passkey", "--seed", "-1"], "--seed"),
+    ]:
+        with pytest.raises(SystemExit) as stop:
+            main([*command, *map(str, flags)])
+        error = capsys.readouterr().err
+        assert (stop.value.code, error.count("\n")) == (2, 1), error
+        assert message in error
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_moves_is_neither_gained_nor_lost():
