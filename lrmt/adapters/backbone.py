@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from lrmt.adapters.find import FLAG, check_files, is_named, resolve_backbone
+from lrmt.adapters.find import FLAG, check_files, find_backbone, is_named, resolve_backbone
 from lrmt.adapters.gguf import is_gguf
 from lrmt.errors import UsageError, one_line
 from lrmt.models.config import LongContextConfig
@@ -86,8 +86,12 @@ def load_tokenizer(name: str, revision: str | None = None, flag: str = FLAG):
 
 
 def open_tokenizer(name: str, revision: str | None = None, flag: str = "--tokenizer"):
-    """The tokenizer of a folder, a Hub id, a GGUF or a named backbone, as it is."""
+    """The tokenizer of a folder, a Hub id, a GGUF or a named backbone, as it is; of an adapter without one its backbone's."""
     name = str(name)
+    adapter = Path(name, "adapter_config.json")
+    if adapter.is_file() and not Path(name, "tokenizer_config.json").is_file():
+        base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        return open_tokenizer(find_backbone(Path(name), base), flag=f"{flag} {name}: its backbone")
     place = resolve_backbone(name, flag) if is_named(name) or is_gguf(name) else name
     check_files(place, flag, weights=False)
     try:

@@ -386,3 +386,17 @@ def test_training_goes_on_from_an_adapter_of_the_hub(train_small, trained, monke
     trainer = train_small(*flags, "--output_dir", tmp_path / "run")
     mine, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "run", trained[1]))
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs) and trainer.state.global_step == 2
+
+
+def test_an_adapter_without_a_tokenizer_has_that_of_its_backbone(trained, tmp_path):
+    _, folder = trained
+    copy = shutil.copytree(folder, tmp_path / "adapter", ignore=shutil.ignore_patterns("tokenizer*", "checkpoint*"))
+    assert not list(copy.glob("tokenizer*"))
+    mine, theirs = load_tokenizer(copy), load_tokenizer(folder)
+    assert mine.get_vocab() == theirs.get_vocab()
+    assert (mine.pad_token_id, mine.eos_token_id) == (theirs.pad_token_id, theirs.eos_token_id)
+    config = json.loads((copy / "adapter_config.json").read_text())
+    (copy / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "nowhere/to.be/found"}))
+    with pytest.raises(UsageError, match="its backbone nowhere/to.be/found is not here") as error:
+        load_tokenizer(copy)
+    assert "\n" not in str(error.value)
