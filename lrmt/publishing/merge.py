@@ -8,7 +8,7 @@ import torch
 from transformers import GenerationConfig
 
 from lrmt.adapters.adapter import load, read_config, write_generation_config
-from lrmt.adapters.backbone import copy_dequantised_, keep_4bit_trainable, load_tokenizer
+from lrmt.adapters.backbone import copy_dequantised_, load_tokenizer
 from lrmt.adapters.find import check_whole, find_adapter, is_adapter
 from lrmt.errors import UsageError
 from lrmt.files import check_writable, filling, told_as
@@ -81,9 +81,7 @@ def _draw_text(config: LongContextConfig) -> torch.Tensor:
 
 
 def _logits_as_trained(path: Path, backbone: dict, ids: torch.Tensor) -> torch.Tensor:
-    model = load(path, **backbone)
-    keep_4bit_trainable(model)  # or CPUs compute in bf16, whatever it was trained in
-    return _logits(model, ids)
+    return _logits(load(path, **backbone), ids)
 
 
 def _open_over_base(path: Path, backbone: dict, merge_base: str, dtype: str):

@@ -18,7 +18,6 @@ from transformers.trainer_callback import ProgressCallback as HfProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from lrmt.adapters.adapter import save_adapter
-from lrmt.adapters.backbone import keep_4bit_trainable
 from lrmt.arguments import TrainingArguments
 from lrmt.errors import TrainingFault
 from lrmt.files import replacing, to_json, write_whole
@@ -276,7 +275,6 @@ class LongContextTrainer(Trainer):
         model = self.model_wrapped if self.is_in_train else self.model
         training = model.training
         model.eval()
-        keep_4bit_trainable(model)
         batch_size, world = self.args.per_device_eval_batch_size, self.args.world_size
         right, count, loss, told = 0.0, 0, 0.0, NotesMeter()
         for batch in range(math.ceil(self.eval_samples / (batch_size * world))):

@@ -14,7 +14,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 import lrmt
 from lrmt.adapters.adapter import check_savable, read_config, save_adapter
-from lrmt.adapters.backbone import keep_4bit_trainable, load_backbone, load_tokenizer, read_backbone_config
+from lrmt.adapters.backbone import load_backbone, load_tokenizer, read_backbone_config
 from lrmt.arguments import ModelArguments
 from lrmt.errors import UsageError
 from lrmt.evaluation import run as evaluation
@@ -33,8 +33,7 @@ def ids(rows=2, length=110):
 
 @torch.no_grad()
 def logits(model):
-    keep_4bit_trainable(model.eval())
-    return model(input_ids=ids()).logits.float()
+    return model.eval()(input_ids=ids()).logits.float()
 
 
 def gap(got, want):

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from bitsandbytes.nn import Linear4bit
 
-from lrmt.adapters.backbone import keep_4bit_trainable
 from lrmt.errors import TrainingFault
 from lrmt.training import trainer as trainer_module
 from lrmt.training.recipe import parse_recipe
@@ -42,7 +41,6 @@ def known_logits(trainer) -> tuple[dict, torch.Tensor]:
     """A held-out batch of two segments, the same on every rank, and its logits at the scored positions."""
     inputs = trainer._draw(trainer.eval_task, 100, 4, 2 * trainer._segment_length)
     trainer.model_wrapped.eval()
-    keep_4bit_trainable(trainer.model_wrapped)
     return inputs, trainer.model_wrapped(**inputs).logits.float()
 
 
