@@ -86,7 +86,7 @@ class RecurrentModel(LongContextModel):
         if self.config.memory_handover != "aligned":
             return ""
         training = self.training
-        self.train()  # or CPUs repack 4-bit layers, which then have no gradient
+        self.eval()
         with gathered(*self.parameters()):
             pairs = states_and_embeddings(self.backbone, texts().to(self.device))
         self.train(training)
