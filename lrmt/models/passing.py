@@ -35,8 +35,11 @@ class Passed:
         taken = torch.rand(rows) < share
         if notes is not None:
             said = torch.full_like(notes.ids[:, 0], IGNORED) if self.said is None else self.said
-            said = said.masked_fill(~taken.to(said.device)[:, None], IGNORED)
-            notes = Notes(torch.cat([said[:, None], notes.ids], dim=1), F.pad(notes.ends, (1, 0)))
+            here = taken.to(said.device)[:, None]
+            own = torch.where(
+                (here & (notes.ends == 0))[..., None], said[:, None], notes.ids
+            )  # of what precedes the text
+            notes = Notes(torch.cat([said.masked_fill(~here, IGNORED)[:, None], own], dim=1), F.pad(notes.ends, (1, 0)))
         # whatever is drawn, what training starts from has a gradient: ranks must have the same
         return choose(taken.tolist(), self.memory, memory, whole=False), notes
 

@@ -9,23 +9,28 @@ import torch
 
 from lrmt.models.notes import Notes, NotesScore
 from lrmt.models.scoring import IGNORED
-from lrmt.tasks.base import Example, Pieces
+from lrmt.tasks.base import Example, Note, Pieces
 
 NEVER = torch.iinfo(torch.long).max
 SINCE = ("0", "1", "2_3", "4_7", "8_15", "16_up")  #: hand-overs since a note was told, as they are logged
 
 
 def collate_notes(examples: Sequence[Example], pieces: Pieces, size: int) -> tuple[Notes, bool]:
-    """The notes of examples as ids, each cut to `size` tokens, and whether one was."""
-    ids = torch.full((len(examples), max(1, *(len(e.notes) for e in examples)), size), IGNORED, dtype=torch.long)
+    """The notes of examples as ids, each cut to `size` tokens, and whether one was.
+
+    They end in EOS, and before the first there is nothing but EOS: else the memory would be free to make up more, which later
+    segments could not tell from what was read.
+    """
+    told = [[Note(0, ""), *example.notes] if example.notes else [] for example in examples]
+    ids = torch.full((len(examples), max(1, *map(len, told)), size), IGNORED, dtype=torch.long)
     ends = torch.full(ids.shape[:2], NEVER, dtype=torch.long)
     cut = False
-    for row, example in enumerate(examples):
-        for number, told in enumerate(pieces.encode([note.text for note in example.notes])):
-            ends[row, number] = example.notes[number].end
-            if example.notes[number].text:  # else there is nothing to say yet, not a space
-                cut = cut or len(told) > size
-                ids[row, number, : len(told)] = torch.from_numpy(told[:size])
+    for row, notes in enumerate(told):
+        for number, said in enumerate(pieces.encode([note.text for note in notes])):
+            said = [*said[: len(said) * bool(notes[number].text)], pieces.tokenizer.eos_token_id]
+            cut = cut or len(said) - 1 > size
+            ids[row, number, : len(said)] = torch.tensor(said[:size])
+            ends[row, number] = notes[number].end
     return Notes(ids, ends), cut
 
 

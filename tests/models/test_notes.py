@@ -285,6 +285,12 @@ def test_passed_memories_and_what_they_should_say():
     )  # after the first segment still the text before, after the second this one
     assert told.count == int((says != -100).sum()) and model.num_notes(later, text) == int((later.ids != -100).sum())
     begun.clear()
+    nothing = Notes(torch.cat([torch.full_like(later.ids, 7), later.ids], 1), F.pad(later.ends, (1, 0)))
+    told = model(
+        text, labels=text, notes=nothing
+    ).notes  # what a text says before it tells anything is said of the text before
+    assert told.count == 2 * int((later.ids != -100).sum())
+    begun.clear()
     model.eval()
     model(text, labels=text)
     assert torch.equal(begun[0], model.start(2))  # in training alone

@@ -128,12 +128,23 @@ def example(*notes):
 
 def test_notes_are_laid_out_and_cut(pieces):
     notes, cut = collate_notes([example((5, "kitchen"), (9, "garden kitchen hallway")), example()], pieces, 8)
-    kitchen = pieces("kitchen").tolist()
-    assert notes.ids.shape == (2, 2, 8) and notes.ends[0].tolist() == [5, 9]
-    assert notes.ids[0, 0].tolist() == [*kitchen, *[-100] * (8 - len(kitchen))]
+    kitchen, end = pieces("kitchen").tolist(), pieces.tokenizer.eos_token_id
+    assert notes.ids.shape == (2, 3, 8) and notes.ends[0].tolist() == [0, 5, 9]
+    assert notes.ids[0, 0].tolist() == [
+        end,
+        *[-100] * 7,
+    ]  # before anything is told there is nothing to say, and that is said
+    assert notes.ids[0, 1].tolist() == [*kitchen, end, *[-100] * (7 - len(kitchen))]
     assert bool((notes.ids[1] == -100).all()) and int(notes.ends[1, 0]) > 10**12
     assert not cut and collate_notes([example((1, "garden kitchen hallway"))], pieces, 1)[1]
-    assert collate_notes([example((1, "garden kitchen"))], pieces, 1)[0].ids.tolist() == [[[int(pieces("garden")[0])]]]
+    assert not collate_notes([example((1, "kitchen"))], pieces, len(kitchen))[1]  # the end alone does not fit any more
+    garden = int(pieces("garden")[0])
+    assert collate_notes([example((1, "garden kitchen"))], pieces, 1)[0].ids.tolist() == [[[end], [garden]]]
+
+
+def test_a_note_may_become_empty_again(pieces):
+    notes, _ = collate_notes([example((5, "kitchen"), (9, ""))], pieces, 3)
+    assert notes.ids[0, 2].tolist() == [pieces.tokenizer.eos_token_id, -100, -100]
 
 
 def test_the_meter_tells_by_age():
