@@ -75,7 +75,7 @@ class BabilongTask(HaystackTask):
 
     def notes(self, sample: babi.BabiSample) -> Sequence[str]:
         try:
-            return babi.take_notes(sample.facts, self.name)
+            return babi.take_notes(sample.facts, self.name, self.vocabulary)
         except ValueError:  # files of the user's own making
             return super().notes(sample)
 

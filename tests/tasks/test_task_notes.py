@@ -11,23 +11,23 @@ from lrmt.tasks.options import TaskOptions
 from lrmt.tasks.registry import build_task
 
 STORIES = {
-    "qa1": ("Mary moved to the garden. John went to the office. Mary went back to the kitchen.", "Mary kitchen John office"),
+    "qa1": ("Mary moved to the garden. John went to the office. Mary went back to the kitchen.", "Daniel nowhere John office Mary kitchen Sandra nowhere"),
     "qa2": (
         "John went to the office. John took the milk there. John moved to the garden. John dropped the milk. Mary got the apple there.",
-        "John garden milk garden apple Mary",
+        "Daniel nowhere John garden Mary nowhere Sandra nowhere apple Mary football nowhere milk garden",
     ),
     "qa3": (
         "John went to the office. John took the milk. John moved to the garden. John went to the hallway. John left the milk there. "
         "John went to the kitchen.",
-        "John kitchen milk office garden hallway",
+        "Daniel nowhere John kitchen Mary nowhere Sandra nowhere apple nowhere football nowhere milk office garden hallway",
     ),
     "qa4": ("The office is east of the garden. The kitchen is west of the garden.", "kitchen west garden office east garden"),
     "qa5": ("Fred got the milk there. Fred gave the milk to Bill. Bill passed the milk to Jeff.", "Bill milk Jeff Fred milk Bill"),
-    "qa9": ("Mary is in the office. John is not in the garden. Mary is no longer in the office.", "Mary not office John not garden"),
-    "qa10": ("Bill is either in the park or the school. Fred went to the cinema.", "Bill park or school Fred cinema"),
-    "qa11": ("Mary went to the office. Then she moved to the garden.", "Mary garden"),
-    "qa12": ("Mary and John went to the office. John and Sandra moved to the garden.", "Mary office John garden Sandra garden"),
-    "qa13": ("Mary and John went to the office. After that they moved to the garden.", "Mary garden John garden"),
+    "qa9": ("Mary is in the office. John is not in the garden. Mary is no longer in the office.", "Daniel nowhere John not garden Mary not office Sandra nowhere"),
+    "qa10": ("Bill is either in the park or the school. Fred went to the cinema.", "Bill park or school Fred cinema Julie nowhere Mary nowhere"),
+    "qa11": ("Mary went to the office. Then she moved to the garden.", "Daniel nowhere John nowhere Mary garden Sandra nowhere"),
+    "qa12": ("Mary and John went to the office. John and Sandra moved to the garden.", "Daniel nowhere John garden Mary office Sandra garden"),
+    "qa13": ("Mary and John went to the office. After that they moved to the garden.", "Daniel nowhere John garden Mary garden Sandra nowhere"),
     "qa14": (
         "This evening Mary went to the park. Yesterday Mary went to the school. Bill went to the cinema this morning.",
         "Mary school park Bill cinema",
@@ -53,6 +53,19 @@ def test_every_simulated_story_has_notes(task):
     for sample in babi.simulate(task, 30, 1):
         notes = babi.take_notes(sample.facts, task)
         assert len(notes) == len(sample.facts) and (task == "qa5" or all(notes))
+
+
+def test_those_of_another_vocabulary():
+    words = babi.Vocabulary(people={"Ann": "she", "Bob": "he"}, objects=["key"])
+    for sample in babi.simulate("qa2", 30, 1, words):
+        last = babi.take_notes(sample.facts, "qa2", words)[-1].split()
+        assert last[::2] == ["Ann", "Bob", "key"]
+    assert babi.take_notes(["Eve went to the office."], "qa1", words) == ["Ann nowhere Bob nowhere Eve office"]
+
+
+def test_a_thing_of_which_no_room_is_known():
+    facts = ["Mary took the milk.", "Mary dropped the milk."]
+    assert [note.split(" milk ")[1] for note in babi.take_notes(facts, "qa3")] == ["Mary", "nowhere"]
 
 
 def test_a_sentence_of_another_task():

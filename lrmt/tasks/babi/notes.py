@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from lrmt.tasks.babi.solve import Told, parse
-from lrmt.tasks.babi.vocabulary import TIMES
+from lrmt.tasks.babi.vocabulary import TIMES, Vocabulary, words_of_files
 
 _TRAIL = 5  #: rooms of which a thing's way keeps the last
+_NOWHERE = "nowhere"  #: where those are of whom nothing was told yet
+
+# those who are somewhere, in tasks that ask where
+_CAST = {task: ("people",) for task in ("qa1", "qa6", "qa9", "qa10", "qa11", "qa12", "qa13")}
+_CAST |= {task: ("people", "objects") for task in ("qa2", "qa3", "qa7", "qa8")}
 
 
-def take_notes(facts: Sequence[str], task: str) -> list[str]:
-    """The state of the world after each fact, each subject in the place where it was first told.
+def take_notes(facts: Sequence[str], task: str, vocabulary: Vocabulary | None = None) -> list[str]:
+    """The state of the world after each fact, whoever can be in it in the same place of every note: a memory is written at once,
+    not word after word, and looks up where one person is more easily than who was told as the third.
 
     Where a story has no such state, relations and gifts, it is what was told, without its small words, the latest first. Raises
     ValueError for a sentence outside the task's grammar.
@@ -19,7 +25,9 @@ def take_notes(facts: Sequence[str], task: str) -> list[str]:
     told = [parse(fact, task) for fact in facts]
     if None in told:
         raise ValueError(f"not a story of {task}: {facts!r}")
-    return list({"qa3": _ways, "qa5": _gifts, "qa14": _days}.get(task, _whereabouts)(told))
+    words = vocabulary.of(task) if vocabulary else words_of_files(task)
+    cast = [name for kind in _CAST.get(task, ()) for name in getattr(words, kind)]
+    return list({"qa3": _ways, "qa5": _gifts, "qa14": _days}.get(task, _whereabouts)(told, cast))
 
 
 def _join(state: dict[str, str]) -> str:
@@ -29,9 +37,9 @@ def _join(state: dict[str, str]) -> str:
 # --- each yields what is known after one sentence more ------------------------------------------------------------------
 
 
-def _whereabouts(told: Told) -> Iterator[str]:
+def _whereabouts(told: Told, cast: Iterable[str]) -> Iterator[str]:
     """Where people and things are, who holds what, and what kind they are; relations as they were told."""
-    state: dict[str, str] = {}
+    state = dict.fromkeys(cast, _NOWHERE)
     traits: dict[str, str] = {}
     relations: list[str] = []
     people: list[str] = []  # whom "they" and "she" mean
@@ -57,8 +65,9 @@ def _whereabouts(told: Told) -> Iterator[str]:
         yield " ".join([*relations, *filter(None, [_join(known | {s: w for s, w in state.items() if s not in known})])])
 
 
-def _ways(told: Told) -> Iterator[str]:
+def _ways(told: Told, cast: Iterable[str]) -> Iterator[str]:
     """Where people are, who holds what, and the last rooms of each thing."""
+    state = dict.fromkeys(cast, _NOWHERE)
     at: dict[str, str] = {}
     holder: dict[str, str] = {}
     ways: dict[str, list[str]] = {}
@@ -75,11 +84,11 @@ def _ways(told: Told) -> Iterator[str]:
                 way.append(at[person])
         else:
             holder.pop(thing, None)
-        things = {t: " ".join([*way[-_TRAIL:], *filter(None, [holder.get(t)])]) for t, way in ways.items()}
-        yield _join(at | things)
+        things = {t: " ".join([*way[-_TRAIL:], *filter(None, [holder.get(t)])]) or _NOWHERE for t, way in ways.items()}
+        yield _join(state | at | things)
 
 
-def _gifts(told: Told) -> Iterator[str]:
+def _gifts(told: Told, _) -> Iterator[str]:
     """Who gave what to whom, the latest first."""
     given: list[str] = []
     for fact in told:
@@ -88,7 +97,7 @@ def _gifts(told: Told) -> Iterator[str]:
         yield " ".join(given)
 
 
-def _days(told: Told) -> Iterator[str]:
+def _days(told: Told, _) -> Iterator[str]:
     """Where each person was, from yesterday to this evening."""
     days: dict[str, dict[int, str]] = {}
     for fact in told:
