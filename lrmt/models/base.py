@@ -84,6 +84,9 @@ class LongContextModel(PreTrainedModel, GenerationMixin):
         """Called once before training, with what makes ids `[N, T]` of plain text: what a method fits to its backbone, told in a line."""
         return ""
 
+    def begin_with(self, said: Tensor) -> None:
+        """Called once before training with notes: ids `[n]` that the memory should say before anything is read."""
+
     def on_progress(self, share: float) -> None:
         """Told at every training step: how far the curriculum is, 0 in its first stage, 1 in its last."""
 

@@ -10,6 +10,7 @@ from lrmt.errors import UsageError
 from lrmt.flags import flag
 from lrmt.models.config import Activations, RecurrentConfig
 from lrmt.models.recurrent import RecurrentModel, SegmentOutput
+from lrmt.models.weights import gathered
 
 
 class RmtConfig(RecurrentConfig):
@@ -81,6 +82,18 @@ class RmtForCausalLM(RecurrentModel):
         index = torch.arange(self.config.num_memory_tokens, device=self.get_input_embeddings().weight.device)
         memory = self.memory_embedding(index)  # a module call, so that ZeRO-3 gathers the weight
         return memory.to(self.get_input_embeddings().weight.dtype).expand(batch_size, -1, -1)
+
+    @torch.no_grad()
+    def begin_with(self, said: Tensor) -> None:
+        """`M_0` starts from the embeddings of what it should say (prompt tuning's initialisation by text, Lester et al. 2021)."""
+        tables = [
+            module for module in self.memory_embedding.modules() if isinstance(module, nn.Embedding)
+        ]  # PEFT has two
+        embed = self.get_input_embeddings()
+        with gathered(embed.weight, *(table.weight for table in tables), written=True):
+            said = embed(said[: self.config.note_length].to(embed.weight.device))
+            for table in tables:
+                table.weight[self.config.memory_shift :][: len(said)] = said.to(table.weight.dtype)
 
     def prefix(self, memory: Tensor) -> Tensor:
         return memory

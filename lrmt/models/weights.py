@@ -15,10 +15,12 @@ def in_use(module: nn.Module) -> nn.Module:
     return module.modules_to_save[active[0]] if active and not module.disable_adapters else module.original_module
 
 
-def gathered(*parameters: Tensor):
-    """The full values of parameters that ZeRO-3 may have partitioned, for as long as the context lasts."""
+def gathered(*parameters: Tensor, written: bool = False):
+    """The full values of parameters that ZeRO-3 may have partitioned, for as long as the context lasts; `written` inside, those of the
+    first rank are kept.
+    """
     if any(hasattr(p, "ds_id") for p in parameters):
         import deepspeed
 
-        return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=None)
+        return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0 if written else None)
     return nullcontext()

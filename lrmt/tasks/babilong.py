@@ -45,6 +45,7 @@ class BabilongTask(HaystackTask):
         self._fitting: dict[tuple[int, bool], np.ndarray] = {}  # length, whole -> indices of the samples that fit
         words = options.babi_vocabulary
         self.vocabulary = None if words is None else babi.Vocabulary.load(words)
+        self.first_note = babi.first_note(name, self.vocabulary)
         if babi_dir is None:
             self.samples = None
             answers = babi.answers(name, self.vocabulary)

@@ -44,6 +44,7 @@ class Task(ABC):
 
     name: str
     max_new_tokens: int  # room for the longest answer and EOS
+    first_note = ""  # what a perfect reader would have written down before reading anything
 
     @abstractmethod
     def example(self, index: int, length: int) -> Example:

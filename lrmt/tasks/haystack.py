@@ -112,7 +112,7 @@ class HaystackTask(Task):
         answer = self.pieces.answer(sample.answer)
 
         def take_notes():
-            return map(Note, ends.tolist(), self.notes(sample))
+            return [Note(0, self.first_note), *map(Note, ends.tolist(), self.notes(sample))]
 
         return Example(prompt, answer, sample.question.strip(), sample.answer, self.name, take_notes)
 

@@ -15,21 +15,30 @@ NEVER = torch.iinfo(torch.long).max
 SINCE = ("0", "1", "2_3", "4_7", "8_15", "16_up")  #: hand-overs since a note was told, as they are logged
 
 
-def collate_notes(examples: Sequence[Example], pieces: Pieces, size: int) -> tuple[Notes, bool]:
-    """The notes of examples as ids, each cut to `size` tokens, and whether one was.
-
-    They end in EOS, and before the first there is nothing but EOS: else the memory would be free to make up more, which later
-    segments could not tell from what was read.
+def spell(notes: Sequence[str], pieces: Pieces) -> list[np.ndarray]:
+    """Ids of notes, each with EOS at its end: else the memory would be free to make up more, which later segments could not tell from
+    what was read. Where there is nothing to say it is EOS alone.
     """
-    told = [[Note(0, ""), *example.notes] if example.notes else [] for example in examples]
+    said = pieces.encode(notes)
+    return [
+        np.append(ids if note else ids[:0], pieces.tokenizer.eos_token_id)
+        for note, ids in zip(notes, said, strict=True)
+    ]
+
+
+def collate_notes(examples: Sequence[Example], pieces: Pieces, size: int) -> tuple[Notes, bool]:
+    """The notes of examples as ids, each cut to `size` tokens, and whether one was."""
+    told = [list(example.notes) for example in examples]
+    for notes in told:
+        if notes and notes[0].end > 0:
+            notes.insert(0, Note(0, ""))
     ids = torch.full((len(examples), max(1, *map(len, told)), size), IGNORED, dtype=torch.long)
     ends = torch.full(ids.shape[:2], NEVER, dtype=torch.long)
     cut = False
     for row, notes in enumerate(told):
-        for number, said in enumerate(pieces.encode([note.text for note in notes])):
-            said = [*said[: len(said) * bool(notes[number].text)], pieces.tokenizer.eos_token_id]
+        for number, said in enumerate(spell([note.text for note in notes], pieces)):
             cut = cut or len(said) - 1 > size
-            ids[row, number, : len(said)] = torch.tensor(said[:size])
+            ids[row, number, : len(said)] = torch.from_numpy(said[:size])
             ends[row, number] = notes[number].end
     return Notes(ids, ends), cut
 

@@ -21,6 +21,7 @@ from lrmt.files import check_writable, told_as, write_files
 from lrmt.models.base import LongContextConfig, LongContextModel
 from lrmt.progress import quiet_bars
 from lrmt.ranks import this_rank
+from lrmt.tasks.base import Pieces, Task
 from lrmt.tasks.names import BABI
 from lrmt.tasks.options import TaskOptions
 from lrmt.tasks.registry import build_task
@@ -28,6 +29,7 @@ from lrmt.training.build import build_empty_model, build_model, trainable_names
 from lrmt.training.checkpoint import check_optimizer_saved, check_resumable, find_checkpoint
 from lrmt.training.curriculum import Curriculum
 from lrmt.training.hub import open_repository
+from lrmt.training.notes import spell
 from lrmt.training.plan import describe_plan
 from lrmt.training.schedule import build_schedules, check_optimizer
 from lrmt.training.texts import draw_texts
@@ -86,6 +88,8 @@ def train(
         told = model.get_base_model().fit(lambda: draw_texts(tokenizer))
         if told and this_rank().is_main_process:
             print(told)
+        if any(curriculum_args.notes_weight) and (first := _first_note(tasks["train"])):
+            model.get_base_model().begin_with(torch.from_numpy(spell([first], Pieces(tokenizer))[0]))
     trainer = LongContextTrainer(
         model,
         training_args,
@@ -218,12 +222,19 @@ def _check_notes(weights: list[float], config: LongContextConfig, curriculum: Cu
     written = longest - config.segment_length  # by the last segment that hands anything on
     texts = (train.example(index, longest) for index in range(LOOKED_AT * len(getattr(train, "tasks", [train]))))
     if not any(
-        note.end <= max(written, len(text.prompt_ids) - config.segment_length) for text in texts for note in text.notes
+        0 < note.end <= max(written, len(text.prompt_ids) - config.segment_length)
+        for text in texts
+        for note in text.notes
     ):
         raise UsageError(
             f"{told}: the first texts of task {train.name} have nothing to note before their last segment; leave it out, train on longer "
             "texts, or give rows a column `notes`, or targets that their input says"
         )
+
+
+def _first_note(task: Task) -> str:
+    """What the memory should say before it reads: of several tasks the longest."""
+    return max((each.first_note for each in getattr(task, "tasks", [task])), key=len)
 
 
 # ---------------------------------------------------------------------- texts and model

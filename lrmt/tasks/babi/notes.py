@@ -11,8 +11,8 @@ _TRAIL = 5  #: rooms of which a thing's way keeps the last
 _NOWHERE = "nowhere"  #: where those are of whom nothing was told yet
 
 # those who are somewhere, in tasks that ask where
-_CAST = {task: ("people",) for task in ("qa1", "qa6", "qa9", "qa10", "qa11", "qa12", "qa13")}
-_CAST |= {task: ("people", "objects") for task in ("qa2", "qa3", "qa7", "qa8")}
+_CAST = dict.fromkeys(("qa1", "qa6", "qa9", "qa10", "qa11", "qa12", "qa13"), ("people",))
+_CAST |= dict.fromkeys(("qa2", "qa3", "qa7", "qa8"), ("people", "objects"))
 
 
 def take_notes(facts: Sequence[str], task: str, vocabulary: Vocabulary | None = None) -> list[str]:
@@ -25,9 +25,18 @@ def take_notes(facts: Sequence[str], task: str, vocabulary: Vocabulary | None = 
     told = [parse(fact, task) for fact in facts]
     if None in told:
         raise ValueError(f"not a story of {task}: {facts!r}")
-    words = vocabulary.of(task) if vocabulary else words_of_files(task)
-    cast = [name for kind in _CAST.get(task, ()) for name in getattr(words, kind)]
+    cast = _cast(task, vocabulary)
     return list({"qa3": _ways, "qa5": _gifts, "qa14": _days}.get(task, _whereabouts)(told, cast))
+
+
+def first_note(task: str, vocabulary: Vocabulary | None = None) -> str:
+    """The state of the world before anything is told: "" where a story has none."""
+    return _join(dict.fromkeys(_cast(task, vocabulary), _NOWHERE))
+
+
+def _cast(task: str, vocabulary: Vocabulary | None) -> list[str]:
+    words = vocabulary.of(task) if vocabulary else words_of_files(task)
+    return [name for kind in _CAST.get(task, ()) for name in getattr(words, kind)]
 
 
 def _join(state: dict[str, str]) -> str:
