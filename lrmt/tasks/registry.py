@@ -26,6 +26,7 @@ class MixedTask(Task):
         self.tasks, self.split, self.seed = list(tasks), split, seed
         self.name = ",".join(task.name for task in tasks)
         self.max_new_tokens = max(task.max_new_tokens for task in tasks)
+        self.first_note = max((task.first_note for task in tasks), key=len)
 
     def example(self, index: int, length: int) -> Example:
         rng = derive_rng(self.seed, self.split, self.name, length, index)

@@ -21,7 +21,7 @@ from lrmt.files import check_writable, told_as, write_files
 from lrmt.models.base import LongContextConfig, LongContextModel
 from lrmt.progress import quiet_bars
 from lrmt.ranks import this_rank
-from lrmt.tasks.base import Pieces, Task
+from lrmt.tasks.base import Pieces
 from lrmt.tasks.names import BABI
 from lrmt.tasks.options import TaskOptions
 from lrmt.tasks.registry import build_task
@@ -88,7 +88,7 @@ def train(
         told = model.get_base_model().fit(lambda: draw_texts(tokenizer))
         if told and this_rank().is_main_process:
             print(told)
-        if any(curriculum_args.notes_weight) and (first := _first_note(tasks["train"])):
+        if any(curriculum_args.notes_weight) and (first := tasks["train"].first_note):
             model.get_base_model().begin_with(torch.from_numpy(spell([first], Pieces(tokenizer))[0]))
     trainer = LongContextTrainer(
         model,
@@ -230,11 +230,6 @@ def _check_notes(weights: list[float], config: LongContextConfig, curriculum: Cu
             f"{told}: the first texts of task {train.name} have nothing to note before their last segment; leave it out, train on longer "
             "texts, or give rows a column `notes`, or targets that their input says"
         )
-
-
-def _first_note(task: Task) -> str:
-    """What the memory should say before it reads: of several tasks the longest."""
-    return max((each.first_note for each in getattr(task, "tasks", [task])), key=len)
 
 
 # ---------------------------------------------------------------------- texts and model

@@ -11,7 +11,10 @@ from lrmt.tasks.options import TaskOptions
 from lrmt.tasks.registry import build_task
 
 STORIES = {
-    "qa1": ("Mary moved to the garden. John went to the office. Mary went back to the kitchen.", "Daniel nowhere John office Mary kitchen Sandra nowhere"),
+    "qa1": (
+        "Mary moved to the garden. John went to the office. Mary went back to the kitchen.",
+        "Daniel nowhere John office Mary kitchen Sandra nowhere",
+    ),
     "qa2": (
         "John went to the office. John took the milk there. John moved to the garden. John dropped the milk. Mary got the apple there.",
         "Daniel nowhere John garden Mary nowhere Sandra nowhere apple Mary football nowhere milk garden",
@@ -23,11 +26,23 @@ STORIES = {
     ),
     "qa4": ("The office is east of the garden. The kitchen is west of the garden.", "kitchen west garden office east garden"),
     "qa5": ("Fred got the milk there. Fred gave the milk to Bill. Bill passed the milk to Jeff.", "Bill milk Jeff Fred milk Bill"),
-    "qa9": ("Mary is in the office. John is not in the garden. Mary is no longer in the office.", "Daniel nowhere John not garden Mary not office Sandra nowhere"),
-    "qa10": ("Bill is either in the park or the school. Fred went to the cinema.", "Bill park or school Fred cinema Julie nowhere Mary nowhere"),
+    "qa9": (
+        "Mary is in the office. John is not in the garden. Mary is no longer in the office.",
+        "Daniel nowhere John not garden Mary not office Sandra nowhere",
+    ),
+    "qa10": (
+        "Bill is either in the park or the school. Fred went to the cinema.",
+        "Bill park or school Fred cinema Julie nowhere Mary nowhere",
+    ),
     "qa11": ("Mary went to the office. Then she moved to the garden.", "Daniel nowhere John nowhere Mary garden Sandra nowhere"),
-    "qa12": ("Mary and John went to the office. John and Sandra moved to the garden.", "Daniel nowhere John garden Mary office Sandra garden"),
-    "qa13": ("Mary and John went to the office. After that they moved to the garden.", "Daniel nowhere John garden Mary garden Sandra nowhere"),
+    "qa12": (
+        "Mary and John went to the office. John and Sandra moved to the garden.",
+        "Daniel nowhere John garden Mary office Sandra garden",
+    ),
+    "qa13": (
+        "Mary and John went to the office. After that they moved to the garden.",
+        "Daniel nowhere John garden Mary garden Sandra nowhere",
+    ),
     "qa14": (
         "This evening Mary went to the park. Yesterday Mary went to the school. Bill went to the cinema this morning.",
         "Mary school park Bill cinema",
