@@ -1,7 +1,7 @@
 """BABILong: the facts of a bAbI question hidden, in order, between sentences of background text."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +45,9 @@ class BabilongTask(HaystackTask):
         self._fitting: dict[tuple[int, bool], np.ndarray] = {}  # length, whole -> indices of the samples that fit
         words = options.babi_vocabulary
         self.vocabulary = None if words is None else babi.Vocabulary.load(words)
-        self.first_note = babi.first_note(name, self.vocabulary)
+        first = babi.first_note(name, self.vocabulary)
+        self._short = self._shorten(" ".join([first, *babi.places(name, self.vocabulary)]).split()) if first else {}
+        self.first_note = self._short_note(first)
         if babi_dir is None:
             self.samples = None
             answers = babi.answers(name, self.vocabulary)
@@ -76,9 +78,22 @@ class BabilongTask(HaystackTask):
 
     def notes(self, sample: babi.BabiSample) -> Sequence[str]:
         try:
-            return babi.take_notes(sample.facts, self.name, self.vocabulary)
+            return [self._short_note(note) for note in babi.take_notes(sample.facts, self.name, self.vocabulary)]
         except ValueError:  # files of the user's own making
             return super().notes(sample)
+
+    def _shorten(self, words: Iterable[str]) -> dict[str, str]:
+        """For each word its first token as text, where that tells all of them apart: in notes that have a place for everybody a second
+        token of one would move the places of all who follow.
+        """
+        short = {word: self.pieces.tokenizer.decode(self.pieces(word)[:1]).strip() for word in words}
+        known = len({*short.values()}) == len(short) and all(
+            text and len(self.pieces(text)) == 1 for text in short.values()
+        )
+        return short if known else {}
+
+    def _short_note(self, note: str) -> str:
+        return " ".join(self._short.get(word, word) for word in note.split())
 
     def _fits(self, length: int, whole: bool) -> np.ndarray:
         """Indices of the samples of the file that fit into `length` tokens, in file order."""

@@ -136,6 +136,18 @@ def test_each_note_holds_from_the_end_of_what_it_is_of(tokenizer, task, question
         assert example.target in example.notes[-1].text.split()
 
 
+def test_a_word_of_a_cast_is_one_token(tokenizer, tmp_path):
+    """The first of a longer one, where that tells words apart."""
+    made = build_task("qa1", tokenizer, split="train")
+    assert made.first_note == "Daniel now John now Mary now Sandra now"
+    for index in range(5):
+        for note in made.example(index, 300).notes:
+            assert len(made.pieces(note.text)) == 8
+    (tmp_path / "alike.yaml").write_text("people: {Zyxab: she, Zyxac: he}")
+    made = build_task("qa1", tokenizer, split="train", babi_vocabulary=str(tmp_path / "alike.yaml"))
+    assert made.first_note == "Zyxab nowhere Zyxac nowhere"
+
+
 def test_stories_of_other_grammar_are_noted_verbatim(tokenizer):
     made = build_task("qa1", tokenizer, split="train")
     sample = babi.BabiSample(("Mary flew home.", "John swam."), "Where is Mary? ", "office", ())

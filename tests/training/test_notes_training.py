@@ -107,7 +107,7 @@ def test_refused_before_weights_are_loaded(train_small, tmp_path, monkeypatch, f
 def test_the_memory_of_stories_begins_with_nobody_anywhere(train_small, fp32_flags, pieces):
     flags = [*fp32_flags, *NOTES, "--task", "passkey,qa1", "--segment_length", "128", "--stage_max_steps", "1"]
     trainer = train_small(*flags, "--num_memory_tokens", "24", "--learning_rate", "0")
-    model, said = trainer.model.get_base_model(), pieces("Daniel nowhere John nowhere Mary nowhere Sandra nowhere")
+    model, said = trainer.model.get_base_model(), pieces("Daniel now John now Mary now Sandra now")
     said = torch.tensor([*said, pieces.tokenizer.eos_token_id])[:24]
     assert torch.equal(model.start(1)[0, : len(said)], model.get_input_embeddings()(said))
 

@@ -5,7 +5,7 @@ labels, support); the solver reads nothing but text, so that each can be tested 
 """
 
 from lrmt.tasks.babi.files import BabiSample, read
-from lrmt.tasks.babi.notes import first_note, take_notes
+from lrmt.tasks.babi.notes import first_note, places, take_notes
 from lrmt.tasks.babi.simulate import SIMULATED, answers, simulate, simulate_question, simulate_story
 from lrmt.tasks.babi.solve import solve
 from lrmt.tasks.babi.vocabulary import DROP, GET, GO, OBJECTS, PEOPLE, ROOMS, Vocabulary
@@ -22,6 +22,7 @@ __all__ = [
     "Vocabulary",
     "answers",
     "first_note",
+    "places",
     "read",
     "simulate",
     "simulate_question",

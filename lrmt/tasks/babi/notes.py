@@ -34,6 +34,11 @@ def first_note(task: str, vocabulary: Vocabulary | None = None) -> str:
     return _join(dict.fromkeys(_cast(task, vocabulary), _NOWHERE))
 
 
+def places(task: str, vocabulary: Vocabulary | None = None) -> tuple[str, ...]:
+    """Where those of `first_note` can be."""
+    return (vocabulary.of(task) if vocabulary else words_of_files(task)).rooms
+
+
 def _cast(task: str, vocabulary: Vocabulary | None) -> list[str]:
     words = vocabulary.of(task) if vocabulary else words_of_files(task)
     return [name for kind in _CAST.get(task, ()) for name in getattr(words, kind)]
