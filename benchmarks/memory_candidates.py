@@ -158,7 +158,7 @@ def run_one(variant: str, seed: int, folder: Path, steps: list[int], lengths: li
     method = settings.pop("method", "rmt")
     run_recipe(method, default_config=RECIPE, description=__doc__, args=flags(settings))
     told = {"lengths": lengths, "num_samples": num_samples, "seed": 1000 + seed, "output_dir": folder / "measured"}
-    lrmt_command(["evaluate", "--adapter_path", str(folder), "--task", "passkey", *flags(told)])
+    lrmt_command(["evaluate", "--adapter_path", str(folder), "--task", "passkey", *flags(told), "--baseline"])
 
 
 def read(folder: Path) -> dict[int, float]:

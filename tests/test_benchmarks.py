@@ -82,6 +82,36 @@ def test_the_checks_for_a_gpu_hold_on_a_cpu_too(tmp_path):
     assert all(r["value"] > 0 and r["ratio"] > 0 for r in figures)
 
 
+def test_candidates_are_trained_and_measured_once(tmp_path):
+    flags = "--variants gated,residual --seeds 3 --steps 2 1 1 --lengths 2 --num_samples 2".split()
+    flags = [flag.replace(",", " ") for flag in flags]
+    for _ in range(2):  # the second time there is nothing left to do
+        done = run(ROOT / "benchmarks" / "memory_candidates.py", *flags, "--output_dir", tmp_path)
+    assert "seed 3" not in done.stdout
+    rows = json.loads((tmp_path / "memory_candidates.json").read_text())["rows"]
+    assert [(r["changed"], r["seeds"]) for r in rows] == [("gated residual", 1)]
+
+
+@pytest.mark.parametrize("name", ["rmt_straight", "rmt_gated", "rmt_mapped", "rmt_varying"])
+def test_methods_that_are_only_tried_train(name, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from memory_candidates import TRIED
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=64, use_cache=False,
+    )  # fmt: skip
+    settings = {"num_memory_tokens": MEMORY, "segment_length": LENGTH, "memory_handover": "tokens"}
+    model = TRIED[name].from_backbone(LlamaForCausalLM(config).requires_grad_(False), **settings)
+    ids = torch.randint(0, 40, (2, 4 * LENGTH))
+    labels = ids.masked_fill(torch.arange(4 * LENGTH) < 4 * LENGTH - 2, -100)
+    model.train()(input_ids=ids, labels=labels).loss.backward()
+    trained = {kind: getattr(model, kind).weight.grad for kind in model.memory_modules}
+    assert all(grad is not None and float(grad.abs().max()) > 0 for grad in trained.values())
+    assert model.config.segment_length == LENGTH
+
+
 def bytes_saved_for_backward(segments, checkpoint_segments):
     """Bytes that autograd holds between forward and backward: every storage once, the weights aside."""
     torch.manual_seed(0)
