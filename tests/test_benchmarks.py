@@ -83,7 +83,11 @@ def test_the_checks_for_a_gpu_hold_on_a_cpu_too(tmp_path):
 
 
 def test_candidates_are_trained_and_measured_once(tmp_path):
-    flags = ["--variants", "gated residual", *"--seeds 3 --steps 2 1 1 --lengths 2 --num_samples 2".split()]
+    flags = [
+        "--variants",
+        "gated residual",
+        *["--seeds", "3", "--steps", "2", "1", "1", "--lengths", "2", "--num_samples", "2"],
+    ]
     for _ in range(2):  # the second time there is nothing left to do
         done = run(ROOT / "benchmarks" / "memory_candidates.py", *flags, "--output_dir", tmp_path)
     assert "seed 3" not in done.stdout
