@@ -30,14 +30,15 @@ class Notes(NamedTuple):
 
     def after(self, read: list[int | None]) -> tuple[Tensor, Tensor]:
         """The notes `[B, m]` of rows of which so many tokens are read (None: those of this row do not count), and how many tokens
-        ago each was told, `[B, m]`.
+        ago each was told, `[B, m]`, -1 for what has stood there since before the text.
         """
         tokens = torch.tensor([-1 if n is None else n for n in read], device=self.ends.device)
         known = (self.ends <= tokens[:, None]).sum(1)  # events so far
         at = (known - 1).clamp(min=0)[:, None, None].expand(-1, 1, self.ids.shape[2])
         ids = self.ids.gather(1, at)[:, 0]
         ids = ids.masked_fill((known == 0)[:, None], IGNORED)
-        return ids, tokens[:, None] - self._told().gather(1, at)[:, 0]
+        told = self._told().gather(1, at)[:, 0]
+        return ids, (tokens[:, None] - told).masked_fill(told == 0, -1)
 
     def _told(self) -> Tensor:
         """For each note, since when the same has stood in its place, `[B, E, m]` tokens."""
@@ -51,7 +52,7 @@ class Notes(NamedTuple):
 @dataclasses.dataclass
 class NotesScore:
     """What the notes of a batch cost: `loss`, summed over the `count` scored tokens; `right` and `age`, `[count]`: which of them the
-    memory says, and how many segments after the one in which they were told.
+    memory says, and how many segments after the one in which they were told, -1 for what the text has not told.
     """
 
     loss: Tensor

@@ -104,7 +104,9 @@ class Grid:
         return Segment(ids, mask, wanted if wanted is not None and bool(wanted.any()) else None, notes)
 
     def notes_after(self, s: int) -> tuple[Tensor, Tensor]:
-        """The notes `[B, m]` for the memory that segment s writes, and in how many segments before s each was told, `[B, m]`."""
+        """The notes `[B, m]` for the memory that segment s writes, and how many segments before s each was told, `[B, m]`, -1 for what
+        was not.
+        """
         if s in self._noted:
             return self._noted[s]
         read = [

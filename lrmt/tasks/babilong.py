@@ -16,6 +16,7 @@ from lrmt.tasks.names import TASK_LABELS, is_answer
 from lrmt.tasks.options import TaskOptions
 
 _MAX_STORIES = 10_000  # simulated stories tried before a length counts as too short
+LOOKED_AT = 200  #: samples of a file, for who is in its stories
 
 
 class BabilongTask(HaystackTask):
@@ -45,9 +46,6 @@ class BabilongTask(HaystackTask):
         self._fitting: dict[tuple[int, bool], np.ndarray] = {}  # length, whole -> indices of the samples that fit
         words = options.babi_vocabulary
         self.vocabulary = None if words is None else babi.Vocabulary.load(words)
-        first = babi.first_note(name, self.vocabulary)
-        self._short = self._shorten(" ".join([first, *babi.places(name, self.vocabulary)]).split()) if first else {}
-        self.first_note = self._short_note(first)
         if babi_dir is None:
             self.samples = None
             answers = babi.answers(name, self.vocabulary)
@@ -61,6 +59,9 @@ class BabilongTask(HaystackTask):
             answers, questions = {s.answer for s in self.samples}, {s.question for s in self.samples}
             self.num_tokens = np.array([self.size(s, whole=True) for s in self.samples])
         self._check_segment(questions, answers)
+        self._cast, rooms = babi.find_cast(name, self.vocabulary, [s.facts for s in (self.samples or [])[:LOOKED_AT]])
+        self._short = self._shorten(" ".join([babi.first_note(self._cast), *rooms]).split())
+        self.first_note = self._short_note(babi.first_note(self._cast))
 
     def num_examples(self, length: int) -> int | None:
         return None if self.samples is None else len(self._fits(length, True))
@@ -78,7 +79,7 @@ class BabilongTask(HaystackTask):
 
     def notes(self, sample: babi.BabiSample) -> Sequence[str]:
         try:
-            return [self._short_note(note) for note in babi.take_notes(sample.facts, self.name, self.vocabulary)]
+            return [self._short_note(note) for note in babi.take_notes(sample.facts, self.name, self._cast)]
         except ValueError:  # files of the user's own making
             return super().notes(sample)
 
@@ -87,10 +88,8 @@ class BabilongTask(HaystackTask):
         token of one would move the places of all who follow.
         """
         short = {word: self.pieces.tokenizer.decode(self.pieces(word)[:1]).strip() for word in words}
-        known = len({*short.values()}) == len(short) and all(
-            text and len(self.pieces(text)) == 1 for text in short.values()
-        )
-        return short if known else {}
+        sizes = {len(self.pieces(text)) if text else 0 for text in short.values()}
+        return short if sizes == {1} and len({*short.values()}) == len(short) else {}
 
     def _short_note(self, note: str) -> str:
         return " ".join(self._short.get(word, word) for word in note.split())

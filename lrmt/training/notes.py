@@ -44,29 +44,34 @@ def collate_notes(examples: Sequence[Example], pieces: Pieces, size: int) -> tup
 
 
 class NotesMeter:
-    """Counts what the memory says of its notes, by the hand-overs since each was told."""
+    """Counts what the memory says of its notes, by the hand-overs since each was told. What has stood in its place since before the
+    text, the names in a story's notes or the EOS of nothing yet, costs but does not count: a memory that never reads would say it.
+    """
 
     def __init__(self):
         self.right, self.asked = np.zeros(len(SINCE)), np.zeros(len(SINCE))
-        self.loss = 0.0
+        self.loss, self.scored = 0.0, 0
 
     def add(self, score: NotesScore) -> None:
         for right, age in zip(score.right.tolist(), score.age.tolist(), strict=True):
-            place = min(int(age).bit_length(), len(SINCE) - 1)
-            self.right[place] += right
-            self.asked[place] += 1
+            if age >= 0:
+                place = min(int(age).bit_length(), len(SINCE) - 1)
+                self.right[place] += right
+                self.asked[place] += 1
         self.loss += float(score.loss.detach())
+        self.scored += score.count
 
     def numbers(self) -> list[float]:
         """What ranks add up."""
-        return [self.loss, *self.right, *self.asked]
+        return [self.loss, self.scored, *self.right, *self.asked]
 
     @staticmethod
     def values(numbers: Sequence[float], prefix: str = "") -> dict[str, float]:
         """For the log: the mean loss, accuracy in all, and by hand-overs since; empty if nothing was asked."""
-        right, asked = numbers[1 : 1 + len(SINCE)], numbers[1 + len(SINCE) :]
-        if not sum(asked):  # or there were none
+        loss, scored, *counts = numbers or [0.0, 0]
+        if not scored:
             return {}
-        values = {"loss": numbers[0] / sum(asked), "accuracy": sum(right) / sum(asked)}
+        right, asked = counts[: len(SINCE)], counts[len(SINCE) :]
+        values = {"loss": loss / scored} | ({"accuracy": sum(right) / sum(asked)} if sum(asked) else {})
         values |= {f"accuracy_{name}": r / n for name, r, n in zip(SINCE, right, asked, strict=True) if n}
         return {f"{prefix}notes_{name}": value for name, value in values.items()}

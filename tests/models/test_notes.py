@@ -148,6 +148,11 @@ def test_ages_are_hand_overs_since_the_note_was_told():
     notes = Notes(torch.tensor([[first, second, second]]), torch.tensor([[4, 2 * LENGTH + 1, NEVER]]))
     out = model(text, labels=text, notes=notes)
     assert out.notes.age.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 0, 3, 3, 1]
+    before = Notes(
+        torch.tensor([[first, second]]), torch.tensor([[0, 2 * LENGTH + 1]])
+    )  # two stay as they were before the text
+    out = model(text, labels=text, notes=before)
+    assert out.notes.age.tolist() == [-1, -1, -1, -1, -1, -1, -1, -1, 0, -1, -1, 1] and out.notes.count == 12
 
 
 def test_what_is_said_is_right():

@@ -58,9 +58,10 @@ STORIES = {
 def test_the_state_of_the_world(task):
     story, want = STORIES[task]
     facts = [f"{fact.rstrip('.')}." for fact in story.split(". ")]
-    notes = babi.take_notes(facts, task)
+    cast, _ = babi.find_cast(task)
+    notes = babi.take_notes(facts, task, cast)
     assert len(notes) == len(facts) and notes[-1] == want
-    assert babi.take_notes(facts[:1], task) == notes[:1]  # each of what was told so far
+    assert babi.take_notes(facts[:1], task, cast) == notes[:1]  # each of what was told so far
 
 
 @pytest.mark.parametrize("task", BABI)
@@ -71,16 +72,22 @@ def test_every_simulated_story_has_notes(task):
 
 
 def test_those_of_another_vocabulary():
-    words = babi.Vocabulary(people={"Ann": "she", "Bob": "he"}, objects=["key"])
-    for sample in babi.simulate("qa2", 30, 1, words):
-        last = babi.take_notes(sample.facts, "qa2", words)[-1].split()
-        assert last[::2] == ["Ann", "Bob", "key"]
-    assert babi.take_notes(["Eve went to the office."], "qa1", words) == ["Ann nowhere Bob nowhere Eve office"]
+    words = babi.Vocabulary(people={"Ann": "she", "Bob": "he"}, objects=["key"], rooms=["attic", "cellar"])
+    cast, rooms = babi.find_cast("qa2", words)
+    assert (cast, rooms) == (["Ann", "Bob", "key"], ["attic", "cellar"])
+    stories = babi.simulate("qa2", 30, 1, words)
+    for sample in stories:
+        assert babi.take_notes(sample.facts, "qa2", cast)[-1].split()[::2] == cast
+    assert babi.find_cast("qa2", None, [sample.facts for sample in stories]) == (cast, rooms)  # files name their own
+    assert babi.take_notes(["Eve went to the office."], "qa1", cast[:2]) == ["Ann nowhere Bob nowhere Eve office"]
+    official = [sample.facts for sample in babi.simulate("qa2", 30, 1)]
+    assert babi.find_cast("qa2", None, official[:1]) == babi.find_cast("qa2")
+    assert babi.find_cast("qa2", None, [("Mary flew home.",)]) == ([], []) == babi.find_cast("qa4")
 
 
 def test_a_thing_of_which_no_room_is_known():
     facts = ["Mary took the milk.", "Mary dropped the milk."]
-    assert [note.split(" milk ")[1] for note in babi.take_notes(facts, "qa3")] == ["Mary", "nowhere"]
+    assert babi.take_notes(facts, "qa3") == ["milk Mary", "milk nowhere"]
 
 
 def test_a_sentence_of_another_task():

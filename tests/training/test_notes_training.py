@@ -159,9 +159,12 @@ def test_the_meter_tells_by_age():
     meter = NotesMeter()
     meter.add(NotesScore(torch.tensor(3.0), torch.tensor([True, False, True, True]), torch.tensor([0, 0, 3, 40])))
     meter.add(NotesScore(torch.tensor(1.0), torch.tensor([True]), torch.tensor([2])))
+    meter.add(
+        NotesScore(torch.tensor(0.5), torch.tensor([True, False, True]), torch.tensor([-1, -1, -1]))
+    )  # nobody told
     told = NotesMeter.values(meter.numbers(), "eval_")
     assert told == {
-        "eval_notes_loss": 0.8, "eval_notes_accuracy": 0.8, "eval_notes_accuracy_0": 0.5, "eval_notes_accuracy_2_3": 1.0,
+        "eval_notes_loss": 0.5625, "eval_notes_accuracy": 0.8, "eval_notes_accuracy_0": 0.5, "eval_notes_accuracy_2_3": 1.0,
         "eval_notes_accuracy_16_up": 1.0,
     }  # fmt: skip
     assert NotesMeter.values(NotesMeter().numbers()) == {}

@@ -5,7 +5,7 @@ labels, support); the solver reads nothing but text, so that each can be tested 
 """
 
 from lrmt.tasks.babi.files import BabiSample, read
-from lrmt.tasks.babi.notes import first_note, places, take_notes
+from lrmt.tasks.babi.notes import find_cast, first_note, take_notes
 from lrmt.tasks.babi.simulate import SIMULATED, answers, simulate, simulate_question, simulate_story
 from lrmt.tasks.babi.solve import solve
 from lrmt.tasks.babi.vocabulary import DROP, GET, GO, OBJECTS, PEOPLE, ROOMS, Vocabulary
@@ -21,8 +21,8 @@ __all__ = [
     "SIMULATED",
     "Vocabulary",
     "answers",
+    "find_cast",
     "first_note",
-    "places",
     "read",
     "simulate",
     "simulate_question",

@@ -13,11 +13,18 @@ _NOWHERE = "nowhere"  #: where those are of whom nothing was told yet
 # those who are somewhere, in tasks that ask where
 _CAST = dict.fromkeys(("qa1", "qa6", "qa9", "qa10", "qa11", "qa12", "qa13"), ("people",))
 _CAST |= dict.fromkeys(("qa2", "qa3", "qa7", "qa8"), ("people", "objects"))
+# which slots of which sentences name them
+_SLOTS = {
+    "people": dict.fromkeys(("go", "get", "drop", "be", "not", "either"), ("person",))
+    | {"both": ("person", "other"), "give": ("person", "receiver")},
+    "objects": dict.fromkeys(("get", "drop", "give"), ("thing",)),
+    "rooms": dict.fromkeys(("go", "be", "not", "both", "then"), ("thing",)) | {"either": ("thing", "other")},
+}
 
 
-def take_notes(facts: Sequence[str], task: str, vocabulary: Vocabulary | None = None) -> list[str]:
-    """The state of the world after each fact, whoever can be in it in the same place of every note: a memory is written at once,
-    not word after word, and looks up where one person is more easily than who was told as the third.
+def take_notes(facts: Sequence[str], task: str, cast: Iterable[str] = ()) -> list[str]:
+    """The state of the world after each fact. Those of the `cast` are in it from the start: a memory is written at once, not word after
+    word, and looks up where one person is more easily than who was told as the third.
 
     Where a story has no such state, relations and gifts, it is what was told, without its small words, the latest first. Raises
     ValueError for a sentence outside the task's grammar.
@@ -25,23 +32,29 @@ def take_notes(facts: Sequence[str], task: str, vocabulary: Vocabulary | None = 
     told = [parse(fact, task) for fact in facts]
     if None in told:
         raise ValueError(f"not a story of {task}: {facts!r}")
-    cast = _cast(task, vocabulary)
     return list({"qa3": _ways, "qa5": _gifts, "qa14": _days}.get(task, _whereabouts)(told, cast))
 
 
-def first_note(task: str, vocabulary: Vocabulary | None = None) -> str:
-    """The state of the world before anything is told: "" where a story has none."""
-    return _join(dict.fromkeys(_cast(task, vocabulary), _NOWHERE))
+def first_note(cast: Iterable[str]) -> str:
+    """The state of the world before anything is told."""
+    return _join(dict.fromkeys(cast, _NOWHERE))
 
 
-def places(task: str, vocabulary: Vocabulary | None = None) -> tuple[str, ...]:
-    """Where those of `first_note` can be."""
-    return (vocabulary.of(task) if vocabulary else words_of_files(task)).rooms
-
-
-def _cast(task: str, vocabulary: Vocabulary | None) -> list[str]:
+def find_cast(
+    task: str, vocabulary: Vocabulary | None = None, stories: Iterable[Sequence[str]] = ()
+) -> tuple[list[str], list[str]]:
+    """People of a task, and things where it asks for them, and the rooms where they can be: those of the vocabulary, or of the
+    facts of `stories` where these name others. None where a task does not ask who is where, or stories are not of its grammar.
+    """
+    if task not in _CAST or None in (told := [parse(fact, task) for facts in stories for fact in facts]):
+        return [], []
     words = vocabulary.of(task) if vocabulary else words_of_files(task)
-    return [name for kind in _CAST.get(task, ()) for name in getattr(words, kind)]
+    names = {kind: list(getattr(words, kind)) for kind in ("people", "objects", "rooms")}
+    for kind, slots in _SLOTS.items():
+        named = {fact[slot] for fact in told for slot in slots.get(fact["is"], ())}
+        if not named <= {*names[kind]}:
+            names[kind] = sorted(named)
+    return [name for kind in _CAST[task] for name in names[kind]], names["rooms"]
 
 
 def _join(state: dict[str, str]) -> str:
