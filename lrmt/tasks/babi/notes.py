@@ -80,7 +80,7 @@ def _whereabouts(told: Told, cast: Iterable[str]) -> Iterator[str]:
         elif kind in ("get", "give"):
             state[thing] = fact.get("receiver", person)
         elif kind == "drop":
-            state[thing] = state.get(person, "lost")
+            state[thing] = state.get(person, _NOWHERE)
         else:
             if kind != "then":
                 people = [person, other] if kind == "both" else [person]
