@@ -19,6 +19,10 @@ class RmtConfig(RecurrentConfig):
     model_type = "rmt"
 
     num_memory_tokens: int = flag(16, "Memory tokens m that carry the past.")
+    memory_positions: bool = flag(
+        False,
+        "Add to what is handed over trained vectors, one for each place of the memory: each knows which it is, whatever it says.",
+    )
 
     def __post_init__(self, **kwargs):
         m, length = self.num_memory_tokens, self.segment_length
@@ -69,6 +73,7 @@ class RmtForCausalLM(RecurrentModel):
 
     config_class = RmtConfig
     state_settings = ("num_memory_tokens", "segment_length", "segment_alignment")
+    later_state_settings = (*RecurrentModel.later_state_settings, "memory_positions")
     memory_modules = ["memory_embedding"]
 
     def __init__(self, config: RmtConfig, backbone: PreTrainedModel | None = None):
@@ -76,12 +81,18 @@ class RmtForCausalLM(RecurrentModel):
         self.memory_embedding = self.make_embedding(
             config.num_memory_tokens, lambda weight, embeddings: nn.init.normal_(weight, std=float(embeddings.std()))
         )
+        if config.memory_positions:
+            self.memory_positions = self.make_embedding(config.num_memory_tokens, lambda weight, _: weight.zero_())
+            self.memory_modules = [*self.memory_modules, "memory_positions"]
         self.finish()
 
+    @classmethod
+    def trained_modules(cls, settings: dict) -> list[str]:
+        return [*super().trained_modules(settings), *["memory_positions"] * bool(settings.get("memory_positions"))]
+
     def start(self, batch_size: int) -> Tensor:
-        index = torch.arange(self.config.num_memory_tokens, device=self.get_input_embeddings().weight.device)
-        memory = self.memory_embedding(index)  # a module call, so that ZeRO-3 gathers the weight
-        return memory.to(self.get_input_embeddings().weight.dtype).expand(batch_size, -1, -1)
+        memory = self._rows(self.memory_embedding, self.get_input_embeddings().weight.dtype)
+        return memory.expand(batch_size, -1, -1)
 
     @torch.no_grad()
     def begin_with(self, said: Tensor) -> None:
@@ -102,4 +113,11 @@ class RmtForCausalLM(RecurrentModel):
         return memory
 
     def write(self, memory: Tensor, output: SegmentOutput) -> Tensor:
+        if self.config.memory_positions:
+            return output.after + self._rows(self.memory_positions, output.after.dtype)
         return output.after.clone()  # a view would keep the hidden states of the whole segment alive
+
+    def _rows(self, table: nn.Embedding, dtype: torch.dtype) -> Tensor:
+        """All of a table `[m, d]`, by a module call, so that ZeRO-3 gathers the weight."""
+        index = torch.arange(self.config.num_memory_tokens, device=self.get_input_embeddings().weight.device)
+        return table(index).to(dtype)

@@ -19,7 +19,7 @@ POSITION_FILE = "curriculum.json"
 #: what checkpoints of before do not tell
 #: what older checkpoints do not say, and what they had; ...: as now
 JOINED_LATER = {"lora_dropout": ..., "use_rslora": ..., "use_dora": ...}
-JOINED_LATER |= {"memory_handover": "identity", "memory_shift": False, "state_passing": 0.0}
+JOINED_LATER |= {"memory_handover": "identity", "memory_shift": False, "state_passing": 0.0, "memory_positions": False}
 
 
 def find_checkpoint(output_dir: str | os.PathLike, wanted: str | bool | None) -> str | None:

@@ -29,7 +29,9 @@ def describe_plan(
     method.check_training(curriculum.stages[-1], num_ranks=world, task=task_args.task, use_peft=model_args.use_peft)
     trainable = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     count = sum(trainable.values())
-    memory = sum(n for name, n in trainable.items() if any(module in name for module in model_class.memory_modules))
+    memory = sum(
+        n for name, n in trainable.items() if any(module in name for module in model_class.trained_modules(settings))
+    )
     frozen = sum(p.numel() for p in backbone.parameters() if not p.requires_grad)
     precision = f"{model_args.bnb_4bit_quant_type} 4-bit" if model_args.load_in_4bit else model_args.dtype
     batch, accumulated = training_args.per_device_train_batch_size, training_args.gradient_accumulation_steps

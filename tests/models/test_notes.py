@@ -56,12 +56,14 @@ def literal_loop(model, text, cuts, notes, handover, first=0, last=None):
 
 
 def literal_handover(model):
-    """Each of the three in words, and the shift: what place i has written is read at place i + 1, after M_0's first vector."""
+    """Each of the three in words, and the shift: what place i has written is read at place i + 1, after M_0's first vector; and what is
+    added to each place.
+    """
+    plain, first = literal_map(model), model.memory_embedding.weight[:1]
+    added = model.memory_positions.weight if model.config.memory_positions else 0
     if model.config.memory_shift:
-        first = model.memory_embedding.weight[:1]
-        plain = literal_map(model)
-        return lambda h: torch.cat([first.expand(len(h), 1, -1), plain(h)[:, :-1]], dim=1)
-    return literal_map(model)
+        return lambda h: torch.cat([first.expand(len(h), 1, -1), plain(h)[:, :-1]], dim=1) + added
+    return lambda h: plain(h) + added
 
 
 def literal_map(model):
@@ -98,6 +100,24 @@ def test_equals_the_literal_loop(kind, shift, alignment, checkpoint_segments):
     torch.testing.assert_close(out.notes.loss, cost, rtol=1e-10, atol=1e-10)
     assert out.notes.count == count == model.num_notes(notes, text) > 0
     assert_same_gradients(gradients(model, out.loss + 0.5 * out.notes.loss / out.notes.count), want)
+
+
+@pytest.mark.parametrize("shift", [False, True], ids=["in place", "shifted"])
+def test_positions_are_added_and_trained(shift, tmp_path):
+    model = build_with("tokens", memory_shift=shift, memory_positions=True)
+    text, notes, cuts = ids(2, 3 * LENGTH + 5), draw_notes(size=MEMORY - shift), [LENGTH, 2 * LENGTH, 3 * LENGTH]
+    bare = build_with("tokens", memory_shift=shift)
+    bare.load_state_dict(model.state_dict(), strict=False)
+    assert torch.equal(model(text).logits, bare(text).logits)  # they begin at nothing
+    torch.nn.init.normal_(model.memory_positions.weight)
+    logits, cost, count = literal_loop(model, text, cuts, notes, literal_handover(model))
+    want = gradients(model, next_token_loss(logits, text) + 0.5 * cost / count)
+    assert float(want["memory_positions.weight"].abs().sum()) > 0
+    out = model(text, labels=text, notes=notes)
+    assert_same_gradients(gradients(model, out.loss + 0.5 * out.notes.loss / out.notes.count), want)
+    model.float().save_pretrained(tmp_path)
+    again = RmtForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(again(text).logits, model(text).logits, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -232,7 +252,9 @@ def test_a_checkpoint_keeps_the_map(kind, tmp_path):
 
 
 def test_a_state_of_another_hand_over_is_refused(tmp_path):
-    models = {kind: build_with(kind) for kind in KINDS} | {"shifted": build_with("identity", memory_shift=True)}
+    models = {kind: build_with(kind) for kind in KINDS}
+    models |= {"shifted": build_with("identity", memory_shift=True)}
+    models |= {"in places": build_with("identity", memory_positions=True)}
     text = ids(1, 2 * LENGTH)
     for kind, model in models.items():
         state = model.read(text)

@@ -135,6 +135,8 @@ def test_resumed_run_draws_the_same_samples(train_small, fp32_flags, tmp_path, m
             "1",
             "--memory_shift",
             "true",
+            "--memory_positions",
+            "true",
         ],
     ]
     whole = train_small(*flags, "--output_dir", tmp_path / "whole")
