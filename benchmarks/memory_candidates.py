@@ -3,8 +3,9 @@
     python benchmarks/memory_candidates.py --output_dir runs/candidates
 
 Each run trains on pass keys of at most 5 segments, 450 steps of 8 texts, and answers 200 new texts of each length, up to 64 segments; two
-minutes on one core. Runs that are there already are not made again: a stopped call goes on, and two calls with other --seeds share
-the work. What did not help lives here alone, each as a method of a few lines.
+minutes on one core. What a run was, and gave, is kept in its folder: with the same settings it is not made again, so a stopped call
+goes on, and two calls with other --seeds share the work. The table is of all runs with these settings that are there. What did not
+help lives here alone, each as a method of a few lines.
 """
 
 import argparse
@@ -19,12 +20,16 @@ from common import QUIET, write_report
 from torch import nn
 
 from lrmt.cli import main as lrmt_command
+from lrmt.files import to_json, write_whole
 from lrmt.models import METHODS, RmtConfig, RmtForCausalLM
 from lrmt.models.handover import HandOver
 from lrmt.training.recipe import run_recipe
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "configs" / "rmt_tiny_llama.yaml"
-LENGTHS = (2, 4, 8, 16, 32, 64)
+LENGTHS = [2, 4, 8, 16, 32, 64]
+STEPS = [200, 100, 150]
+KEPT = "settings.json"  #: in a run's folder: how it was trained, how each stage ended, how it was measured, and what it answered
+FORMED = 0.9  #: held-out accuracy at the end of the first stage that only a memory gives
 
 
 # --- methods that are tried here only ------------------------------------------------------------------------------------
@@ -116,9 +121,8 @@ TRIED = {
 
 # --- what is changed ---------------------------------------------------------------------------------------------------------
 
-_STEPS = [200, 100, 150]
 _PAPER = {"notes_weight": 0, "memory_handover": "identity", "memory_shift": False, "state_passing": 0}
-VARIANTS = {
+VARIANTS = {  # what depends on --steps is a function of them
     "as the recipe": {},
     "no notes": {"notes_weight": 0},
     "hand-over identity": {"memory_handover": "identity"},
@@ -130,8 +134,11 @@ VARIANTS = {
     "no noise": {"memory_noise": 0},
     "neither passing nor noise": {"state_passing": 0, "memory_noise": 0},
     "the paper's, answers alone": _PAPER,
-    "one jump, 2 to 5": {"curriculum_stages": [2, 5], "stage_max_steps": [200, 250]},
-    "batches of 16, half the steps": {"per_device_train_batch_size": 16, "stage_max_steps": [n // 2 for n in _STEPS]},
+    "one jump, 2 to 5": {"curriculum_stages": [2, 5], "stage_max_steps": lambda steps: [steps[0], sum(steps[1:])]},
+    "batches of 16, half the steps": {
+        "per_device_train_batch_size": 16,
+        "stage_max_steps": lambda steps: [max(1, n // 2) for n in steps],
+    },
     "β2 0.999": {"adam_beta2": 0.999},
     "straight-through": {"method": "rmt_straight"},
     "gated residual": {"method": "rmt_gated"},
@@ -144,29 +151,72 @@ def flags(settings: dict) -> list[str]:
     return [
         word
         for name, value in settings.items()
-        for word in (f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value).lower()]))
+        for word in (f"--{name}", *map(str, value if isinstance(value, list) else [value]))
     ]
 
 
-def run_one(variant: str, seed: int, folder: Path, steps: list[int], lengths: list[int], num_samples: int) -> None:
-    """Trains and measures one run."""
-    METHODS.update(TRIED)
-    settings = {
+def training_of(variant: str, seed: int, steps: list[int]) -> dict:
+    """The settings of a run's training, beside those of the recipe."""
+    changed = {name: value(steps) if callable(value) else value for name, value in VARIANTS[variant].items()}
+    return {
         "curriculum_stages": [2, 3, 5], "stage_max_steps": steps, "promotion_accuracy": 1.0, "eval_steps": 100_000,
-        "save_strategy": "no", "disable_tqdm": True, "seed": seed, "output_dir": folder,
-    } | VARIANTS[variant]  # fmt: skip
-    method = settings.pop("method", "rmt")
-    run_recipe(method, default_config=RECIPE, description=__doc__, args=flags(settings))
-    told = {"lengths": lengths, "num_samples": num_samples, "seed": 1000 + seed, "output_dir": folder / "measured"}
-    lrmt_command(["evaluate", "--adapter_path", str(folder), "--task", "passkey", *flags(told), "--baseline"])
+        "save_strategy": "no", "disable_tqdm": True, "seed": seed,
+    } | changed  # fmt: skip
 
 
-def read(folder: Path) -> dict[int, float]:
-    """Exact match in % by segments; nothing if the run is not there."""
-    path = folder / "measured" / "results.json"
-    if not path.is_file():
-        return {}
-    return {r["segments"]: 100 * r["accuracy"] for r in json.loads(path.read_text())}
+def measuring_of(args) -> dict:
+    return {"lengths": sorted(set(args.lengths)), "num_samples": args.num_samples}
+
+
+def place_of(variant: str, seed: int | str, args) -> Path:
+    """The file of what is kept of a run."""
+    return Path(args.output_dir, f"{variant.replace(' ', '_')}-{seed}", KEPT)
+
+
+def read_runs(variant: str, args) -> dict[int, dict]:
+    """By seed, what is kept of a variant's finished runs with these settings, whatever call has made them."""
+    place = place_of(variant, "*", args)
+    kept = [json.loads(path.read_text()) for path in sorted(place.parents[1].glob(f"{place.parent.name}/{KEPT}"))]
+    runs = {run["training"]["seed"]: run for run in kept if run.get("measuring") == measuring_of(args)}
+    return {seed: run for seed, run in runs.items() if run["training"] == training_of(variant, seed, args.steps)}
+
+
+def run_one(variant: str, seed: int, args) -> None:
+    """Trains a run, unless that is done, and measures it."""
+    METHODS.update(TRIED)
+    training, measuring = training_of(variant, seed, args.steps), measuring_of(args)
+    place = place_of(variant, seed, args)
+    kept = json.loads(place.read_text()) if place.is_file() else {}
+    if kept.get("training") != training:
+        place.unlink(missing_ok=True)
+        settings = training | {"output_dir": place.parent, "overwrite_output_dir": True}  # a kill leaves half a run
+        method = settings.pop("method", "rmt")
+        trainer = run_recipe(method, default_config=RECIPE, description=__doc__, args=flags(settings))
+        kept = {"training": training, "stages": stage_ends(trainer.state.log_history)}
+        write_whole(place, to_json(kept))
+    measured = place.parent / "measured"
+    told = flags(measuring | {"seed": 1000 + seed, "output_dir": measured})
+    command = ["evaluate", "--adapter_path", str(place.parent), "--task", "passkey", *told, "--baseline", "--overwrite"]
+    if code := lrmt_command(command):  # interrupted
+        sys.exit(code)
+    accuracy = {r["segments"]: r["accuracy"] for r in json.loads((measured / "results.json").read_text())}
+    write_whole(place, to_json(kept | {"measuring": measuring, "accuracy": accuracy}))
+
+
+def stage_ends(log: list[dict]) -> list[dict]:
+    """Held-out accuracy of the answers, and of what the memory says, at the end of each stage: it is asked at no other time."""
+    names = ("eval_segments", "eval_accuracy", "eval_notes_accuracy")
+    return [{name: entry[name] for name in names if name in entry} for entry in log if "eval_segments" in entry]
+
+
+def build_row(variant: str, runs: list[dict]) -> dict:
+    """A line of the table."""
+    formed = sum(run["stages"][0]["eval_accuracy"] >= FORMED for run in runs)
+    row = {"changed": variant, "seeds": len(runs), "formed": formed}
+    for n in runs[0]["accuracy"]:
+        right = [100 * run["accuracy"][n] for run in runs]
+        row[n] = f"{sum(right) / len(right):.0f} ({min(right):.0f})"
+    return row
 
 
 def main():
@@ -175,31 +225,25 @@ def main():
         "--variants", nargs="+", choices=VARIANTS, default=[*VARIANTS], metavar="NAME", help="default: all"
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[11, 12, 13])
-    parser.add_argument("--steps", nargs=3, type=int, default=_STEPS, help="of the stages of 2, 3 and 5 segments")
+    parser.add_argument("--steps", nargs=3, type=int, default=STEPS, help="of the stages of 2, 3 and 5 segments")
     parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS, help="in segments")
     parser.add_argument("--num_samples", type=int, default=200, help="texts of each length")
     parser.add_argument("--output_dir", default="runs/candidates", help="of the runs and memory_candidates.json")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    folder = Path(args.output_dir)
     if args.one:
-        place = folder / f"{args.one[0].replace(' ', '_')}-{args.one[1]}"
-        return run_one(args.one[0], int(args.one[1]), place, args.steps, args.lengths, args.num_samples)
-    rows = []
+        return run_one(args.one[0], int(args.one[1]), args)
     for seed in args.seeds:
         for variant in args.variants:
-            place = folder / f"{variant.replace(' ', '_')}-{seed}"
-            if not read(place):
+            if seed not in read_runs(variant, args):
                 print(f"{variant}, seed {seed}", flush=True)
-                words = flags({"steps": args.steps, "lengths": [*args.lengths], "num_samples": args.num_samples})
-                command = [sys.executable, __file__, "--one", variant, str(seed), "--output_dir", str(folder), *words]
+                command = [sys.executable, __file__, *sys.argv[1:], "--one", variant, str(seed)]
                 subprocess.run(command, env={**os.environ, **QUIET}, check=True)
-    for variant in args.variants:
-        runs = [measured for seed in args.seeds if (measured := read(folder / f"{variant.replace(' ', '_')}-{seed}"))]
-        told = {n: f"{sum(r[n] for r in runs) / len(runs):.0f} ({min(r[n] for r in runs):.0f})" for n in args.lengths}
-        rows.append({"changed": variant, "seeds": len(runs)} | {str(n): cell for n, cell in told.items()})
-    print("exact match in % by segments, mean and, in brackets, the lowest of the seeds")
-    write_report("memory_candidates", args.output_dir, vars(args), rows)
+    there = {variant: [*read_runs(variant, args).values()] for variant in VARIANTS}
+    rows = [build_row(variant, runs) for variant, runs in there.items() if runs]
+    print("exact match in % by segments: the mean and, in brackets, the lowest of the seeds;")
+    print(f"formed: of how many seeds the first stage ended with {FORMED:.0%} or more")
+    write_report("memory_candidates", args.output_dir, {"steps": args.steps} | measuring_of(args), rows)
 
 
 if __name__ == "__main__":

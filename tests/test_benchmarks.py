@@ -82,17 +82,43 @@ def test_the_checks_for_a_gpu_hold_on_a_cpu_too(tmp_path):
     assert all(r["value"] > 0 and r["ratio"] > 0 for r in figures)
 
 
-def test_candidates_are_trained_and_measured_once(tmp_path):
-    flags = [
-        "--variants",
-        "gated residual",
-        *["--seeds", "3", "--steps", "2", "1", "1", "--lengths", "2", "--num_samples", "2"],
-    ]
-    for _ in range(2):  # the second time there is nothing left to do
-        done = run(ROOT / "benchmarks" / "memory_candidates.py", *flags, "--output_dir", tmp_path)
-    assert "seed 3" not in done.stdout
-    rows = json.loads((tmp_path / "memory_candidates.json").read_text())["rows"]
-    assert [(r["changed"], r["seeds"]) for r in rows] == [("gated residual", 1)]
+def test_candidates_are_trained_and_measured_once_for_each_setting(tmp_path):
+    def call(*lengths):
+        flags = ["--variants", "map on M_0", "--seeds", "3", "--steps", "2", "1", "1", "--num_samples", "2"]
+        flags += ["--lengths", *lengths, "--output_dir", tmp_path]
+        done = run(ROOT / "benchmarks" / "memory_candidates.py", *flags)
+        return done.stdout, json.loads((tmp_path / "memory_candidates.json").read_text())["rows"]
+
+    folder = tmp_path / "map_on_M_0-3"
+    folder.mkdir()
+    (folder / "arguments.yaml").touch()  # all that a kill has left
+    told, rows = call("2")
+    assert "map on M_0, seed 3" in told and [*rows[0]] == ["changed", "seeds", "formed", "2"]
+    kept = json.loads((folder / "settings.json").read_text())
+    assert [end["eval_segments"] for end in kept["stages"]] == [2, 3, 5]
+    assert all(0 <= end[name] <= 1 for end in kept["stages"] for name in ("eval_accuracy", "eval_notes_accuracy"))
+
+    trained = (folder / "adapter_model.safetensors").stat().st_mtime_ns
+    told, rows = call("3", "1")  # other lengths are measured anew, the training stands
+    assert "seed 3" in told and [*rows[0]] == ["changed", "seeds", "formed", "1", "3"]
+    assert (folder / "adapter_model.safetensors").stat().st_mtime_ns == trained
+
+    kept = json.loads((folder / "settings.json").read_text())
+    kept["training"]["seed"], kept["stages"][0]["eval_accuracy"] = 4, 0.9
+    (tmp_path / "map_on_M_0-4").mkdir()
+    (tmp_path / "map_on_M_0-4" / "settings.json").write_text(json.dumps(kept))
+    told, rows = call("1", "3")  # nothing is left to do, and another call has made a second seed
+    assert "seed 3" not in told and [(r["changed"], r["seeds"], r["formed"]) for r in rows] == [("map on M_0", 2, 1)]
+
+
+def test_candidates_share_a_budget(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from memory_candidates import VARIANTS, training_of
+
+    for variant in VARIANTS:
+        training = training_of(variant, 3, [40, 20, 30])
+        texts = sum(training["stage_max_steps"]) * training.get("per_device_train_batch_size", 8)
+        assert texts == 8 * 90 and len(training["stage_max_steps"]) == len(training["curriculum_stages"])
 
 
 @pytest.mark.parametrize("name", ["rmt_straight", "rmt_gated", "rmt_mapped", "rmt_varying"])
