@@ -127,6 +127,8 @@ def format_table(rows: list[dict]) -> str:
 
 
 def _show(value) -> str:
+    if value is None:
+        return "-"
     if isinstance(value, float):
         return f"{value:,.1f}" if value >= 100 else f"{value:.3f}"
     return f"{value:,}" if type(value) is int else str(value)

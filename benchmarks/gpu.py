@@ -5,16 +5,18 @@
 Checks first: RMT and landmark attention against the same computed plainly, in fp32 on the CPU or by another implementation; each gives
 the largest difference, as a share of the largest value, and its bound. Then figures: a landmark training step beside full (flash)
 attention, reading as a share of the device's matrix products in bf16, one more token after a long text. Nothing is
-downloaded; what a package is missing for is skipped, and what fails is told and does not stop the rest. Exit code 1 if a check failed.
+downloaded; what a package is missing for is skipped, and what fails is told and does not stop the rest. Exit code 1 if anything failed.
 On a CPU, or with --tiny, sizes are such that all of it takes seconds: a rehearsal, whose speeds mean nothing.
 """
 
 import argparse
+import importlib.util
+import math
 import sys
 import tempfile
 import time
 import traceback
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -24,10 +26,17 @@ from landmark_throughput import build_step
 from throughput import measure_seconds
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lrmt.adapters.backbone import copy_dequantised_
+from lrmt.arguments import ModelArguments
 from lrmt.models import LandmarkForCausalLM, RmtForCausalLM
+from lrmt.models.handover import states_and_embeddings
 from lrmt.models.landmark.attention import landmark_attention
+from lrmt.models.notes import Notes
+from lrmt.progress import quiet_bars
+from lrmt.training.build import build_model
 
 FP32, BF16 = 2e-4, 4e-2  # bounds of differences: other kernels sum in other orders
+PRECISIONS = (("fp32", torch.float32, FP32), ("bf16", torch.bfloat16, BF16))
 SIZES = {
     "full": {
         "train_tokens": [8192, 16_384, 32_768], "train_hidden": 2048, "train_layers": 4, "rounds": 5, "matrix": 8192,
@@ -57,42 +66,64 @@ def llama(hidden_size: int, layers: int, vocabulary: int = 1024, positions: int 
 
 
 def difference(one: torch.Tensor, other: torch.Tensor) -> float:
-    """The largest, as a share of the largest value."""
+    """The largest, as a share of the largest value; infinite where a value is not finite."""
     one, other = one.detach().double().cpu(), other.detach().double().cpu()
-    return float((one - other).abs().max() / other.abs().max().clamp(min=1e-30))
+    share = (one - other).abs().max() / other.abs().max().clamp(min=1e-30)
+    return float(share.nan_to_num(nan=math.inf))
 
 
 # ------------------------------------------------------------------ checks
 
 
-def memory_model(handover: str = "tokens", **settings) -> RmtForCausalLM:
+def memory_settings(handover: str) -> dict:
+    shift = handover == "tokens"
+    return {"num_memory_tokens": 4, "segment_length": 48, "memory_handover": handover, "memory_shift": shift}
+
+
+def memory_model(handover: str = "tokens", device="cpu") -> RmtForCausalLM:
     torch.manual_seed(1)
-    return RmtForCausalLM.from_backbone(
-        llama(128, 2, **settings), num_memory_tokens=4, segment_length=48, memory_handover=handover,
-        memory_shift=handover == "tokens",
-    ).eval()  # fmt: skip
+    model = RmtForCausalLM.from_backbone(llama(128, 2).requires_grad_(False), **memory_settings(handover)).eval()
+    # from the CPU, for of a random head one of the likeliest tokens may be another on the device
+    pairs = states_and_embeddings(model.backbone, texts(16, 100)) if handover == "aligned" else None
+    model.to(device)
+    if pairs is not None:
+        model.handover.fit(*(side.to(device) for side in pairs))
+    return model
 
 
-def score(model, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits of the second half of a text, and the gradient of the memory."""
+def score(model, ids: torch.Tensor, mixed: bool = False, **inputs) -> list[torch.Tensor]:
+    """A training step on the second half of a text, `mixed`: in bf16 where autocast has it so. Loss, notes included, logits, and the
+    gradients of all that trains.
+    """
     labels = ids.clone()
     labels[:, : ids.shape[1] // 2] = -100
     model.zero_grad()
-    output = model(input_ids=ids, labels=labels)
-    output.loss.backward()
-    return output.logits, model.memory_embedding.weight.grad.clone()
+    with torch.autocast(pick_device().type, torch.bfloat16, enabled=mixed):
+        output = model(input_ids=ids, labels=labels, **inputs)
+    loss = output.loss if output.notes is None else output.loss + output.notes.loss / output.notes.count
+    loss.backward()
+    return [loss, output.logits, *(p.grad.clone() for p in model.parameters() if p.requires_grad)]
+
+
+def compare(got: list[torch.Tensor], want: list[torch.Tensor]) -> float:
+    """The largest difference of all."""
+    return max(difference(one, other) for one, other in zip(got, want, strict=True))
 
 
 def texts(rows: int, tokens: int) -> torch.Tensor:
     return torch.randint(0, 1024, (rows, tokens), generator=torch.Generator().manual_seed(2))
 
 
-def check_rmt(handover: str, dtype: torch.dtype) -> float:
-    """RMT on the device against fp32 on the CPU: logits and the gradient of the memory, over 5 segments."""
-    ids, model = texts(2, 230), memory_model(handover)
-    want = score(model, ids)
-    got = score(model.to(pick_device(), dtype), ids)
-    return max(map(difference, got, want))
+def make_notes() -> Notes:
+    """For two texts: what the memory should say from the start on, and from a token in their second or third segment."""
+    return Notes(texts(2, 6).view(2, 2, 3), torch.tensor([[0, 100], [0, 60]]))
+
+
+def check_rmt(handover: str, dtype: torch.dtype, notes: bool) -> float:
+    """RMT on the device against fp32 on the CPU, over 5 segments."""
+    ids, asked = texts(2, 230), {"notes": make_notes()} if notes else {}
+    model = memory_model(handover, pick_device()).to(dtype)
+    return compare(score(model, ids, **asked), score(memory_model(handover), ids, **asked))
 
 
 def check_pieces() -> float:
@@ -110,39 +141,43 @@ def check_pieces() -> float:
 
 
 def check_checkpointing() -> float:
-    """Constant-memory BPTT against all segments kept: gradients."""
-    ids, model = texts(2, 230), memory_model().to(pick_device())
-    want = score(model, ids)[1]
+    """Constant-memory BPTT against all segments kept."""
+    ids, model = texts(2, 230), memory_model(device=pick_device())
+    want = score(model, ids)
     model.config.checkpoint_segments = True
-    return difference(score(model, ids)[1], want)
+    return compare(score(model, ids), want)
 
 
-def check_nf4() -> float:
-    """Four-bit weights on the device against the same weights dequantised: logits."""
-    try:
-        import bitsandbytes as bnb
-    except ImportError as error:
-        raise Skipped("bitsandbytes is not installed") from error
-    model, ids = memory_model(), texts(2, 230)
-    plain = memory_model().to(pick_device())
-    for (name, module), (_, twin) in zip(list(model.named_modules()), list(plain.named_modules()), strict=True):
-        if isinstance(module, torch.nn.Linear) and "lm_head" not in name:
-            layer = bnb.nn.Linear4bit(
-                module.in_features, module.out_features, bias=False, quant_type="nf4", compute_dtype=torch.float32
-            )
-            layer.weight = bnb.nn.Params4bit(module.weight.data, quant_type="nf4", requires_grad=False)
-            owner, _, last = name.rpartition(".")
-            setattr(model.get_submodule(owner), last, layer.to(pick_device()))
-            twin.weight.data = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
-    model.to(pick_device()).train()
-    return difference(score(model, ids)[0], score(plain, ids)[0])
+def check_nf4(handover: str, dtype: torch.dtype) -> float:
+    """LoRA and memory over four-bit weights, built and trained as by the recipes, against the same weights in fp32 on the CPU."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise Skipped("bitsandbytes is not installed")
+
+    def build(folder, dtype: torch.dtype, device_map=None, **loading):
+        arguments = ModelArguments(
+            model_name_or_path=folder, dtype=str(dtype).removeprefix("torch."), lora_dropout=0.0, **loading
+        )
+        return build_model(RmtForCausalLM, arguments, memory_settings(handover), device_map=device_map).train()
+
+    with tempfile.TemporaryDirectory() as folder:
+        llama(128, 2).save_pretrained(folder)
+        model = build(folder, dtype, {"": 0} if torch.cuda.is_available() else None)
+        plain = build(folder, torch.float32, load_in_4bit=False)
+    copy_dequantised_(plain.get_base_model().backbone, model.get_base_model().backbone)
+    for (name, trained), twin in zip(model.named_parameters(), plain.parameters(), strict=True):
+        if trained.requires_grad:
+            if "lora_B" in name:  # which starts from 0
+                torch.nn.init.normal_(trained, std=0.02)
+            twin.data = trained.data.to(twin)
+    ids, notes = texts(2, 230), make_notes()
+    return compare(score(model, ids, mixed=dtype == torch.bfloat16, notes=notes), score(plain, ids, notes=notes))
 
 
 def check_landmark(implementation: str, dtype: torch.dtype) -> float:
     """Grouped-query landmark attention against its definition, forward and backward, with padding and an unfinished block."""
     if implementation == "flex" and not torch.cuda.is_available():
         raise Skipped("FlexAttention has no backward pass on a CPU")
-    return max(map(difference, attend(implementation, pick_device(), dtype), definition()))
+    return compare(attend(implementation, pick_device(), dtype), definition())
 
 
 @lru_cache
@@ -165,6 +200,16 @@ def attend(implementation: str, device, dtype: torch.dtype) -> list[torch.Tensor
     return [out, *(i.grad for i in inputs)]
 
 
+def check_training(dtype: torch.dtype) -> float:
+    """A training step of a landmark model on the device, one text padded, against fp32 on the CPU."""
+    torch.manual_seed(1)
+    model = LandmarkForCausalLM.from_backbone(llama(128, 2), block_length=16, context_length=240, top_k=2).train()
+    ids, mask = texts(2, 230), torch.ones(2, 230, dtype=torch.bool)
+    mask[1, :20] = False
+    want = score(model, ids, attention_mask=mask)
+    return compare(score(model.to(pick_device(), dtype), ids, attention_mask=mask), want)
+
+
 def check_offloading() -> float:
     """Blocks in pinned CPU memory against blocks on the device: the state's answer after 30 blocks."""
     logits = []
@@ -175,26 +220,30 @@ def check_offloading() -> float:
         )
         model = model.to(pick_device()).eval()
         state = model.read(texts(1, 450))
+        tables = [table for level, *_ in state.blocks.levels for table in (*level.keys, *level.values)]
+        place = ("cpu", torch.cuda.is_available()) if offload else (model.device.type, False)
+        assert {(table.device.type, table.is_pinned()) for table in tables} == {place}, f"blocks are not in {place}"
         logits.append(model(texts(1, 5).to(model.device), state=state, logits_to_keep=1).logits)
     return difference(logits[1], logits[0])
 
 
 CHECKS = {
     **{
-        f"rmt {handover} {name}": (lambda h=handover, d=dtype: check_rmt(h, d), bound)
-        for handover in ("identity", "scaled")
-        for name, dtype, bound in (("fp32", torch.float32, FP32), ("bf16", torch.bfloat16, BF16))
+        f"rmt {handover}{', notes' * notes} {name}": (partial(check_rmt, handover, dtype, notes), bound)
+        for handover, notes in (("identity", False), ("scaled", False), ("aligned", True), ("tokens", True))
+        for name, dtype, bound in PRECISIONS
+        if (handover, name) != ("tokens", "bf16")  # of a random head the likeliest tokens are a toss-up in bf16
     },
-    # of a random head the likeliest tokens are a toss-up in bf16
-    "rmt tokens fp32": (lambda: check_rmt("tokens", torch.float32), FP32),
     "rmt pieces, saved and moved": (check_pieces, FP32),
     "rmt constant-memory BPTT": (check_checkpointing, FP32),
-    "rmt NF4": (check_nf4, FP32),
+    "rmt NF4 tokens, notes fp32": (partial(check_nf4, "tokens", torch.float32), FP32),
+    "rmt NF4 scaled, notes bf16": (partial(check_nf4, "scaled", torch.bfloat16), BF16),
     **{
-        f"landmark {name} {kind}": (lambda n=name, d=dtype: check_landmark(n, d), bound)
-        for name in ("naive", "sdpa", "flex")
-        for kind, dtype, bound in (("fp32", torch.float32, FP32), ("bf16", torch.bfloat16, BF16))
+        f"landmark {implementation} {name}": (partial(check_landmark, implementation, dtype), bound)
+        for implementation in ("naive", "sdpa", "flex")
+        for name, dtype, bound in PRECISIONS
     },
+    **{f"landmark training {name}": (partial(check_training, dtype), bound) for name, dtype, bound in PRECISIONS},
     "landmark offloaded blocks": (check_offloading, FP32),
 }
 
@@ -203,10 +252,11 @@ def run_checks() -> list[dict]:
     rows = []
     for name, (check, bound) in CHECKS.items():
         begin = time.perf_counter()
-        row = {"check": name, "difference": float("nan"), "bound": bound, "result": "", "seconds": 0.0}
+        row = {"check": name, "difference": None, "bound": bound, "result": "", "seconds": 0.0}
         try:
-            row["difference"] = check()
-            row["result"] = "ok" if row["difference"] <= bound else "FAILED"
+            found = check()
+            row["difference"] = found if math.isfinite(found) else None
+            row["result"] = "ok" if found <= bound else "FAILED"
         except Skipped as reason:
             row["result"] = f"skipped: {reason}"
         except Exception as error:
@@ -292,9 +342,8 @@ def run_figures(sizes: dict) -> list[dict]:
             rows += measure(sizes)
         except Exception as error:
             traceback.print_exc()
-            rows.append(
-                {"figure": measure.__name__, "tokens": 0, "value": float("nan"), "unit": type(error).__name__, "ratio": float("nan")}
-            )  # fmt: skip
+            failed = f"FAILED: {type(error).__name__}"
+            rows.append({"figure": measure.__name__, "tokens": 0, "value": None, "unit": failed, "ratio": None})
     return rows
 
 
@@ -304,10 +353,13 @@ def main(argv=None) -> int:
     parser.add_argument("--output_dir", default="runs/benchmarks")
     options = vars(parser.parse_args(argv))
     size = "tiny" if options["tiny"] or not torch.cuda.is_available() else "full"
+    quiet_bars()
     checks = run_checks()
     write_report("gpu_checks", options["output_dir"], {"size": size}, checks)
-    write_report("gpu_speed", options["output_dir"], SIZES[size], run_figures(SIZES[size]))
-    return int(any(row["result"].startswith("FAILED") for row in checks))
+    figures = run_figures(SIZES[size])
+    write_report("gpu_speed", options["output_dir"], SIZES[size], figures)
+    failed = [row["result"].startswith("FAILED") for row in checks] + [row["value"] is None for row in figures]
+    return int(any(failed))
 
 
 if __name__ == "__main__":

@@ -82,6 +82,40 @@ def test_the_checks_for_a_gpu_hold_on_a_cpu_too(tmp_path):
     assert all(r["value"] > 0 and r["ratio"] > 0 for r in figures)
 
 
+def test_what_fails_on_a_gpu_is_counted_and_written_as_json(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import gpu
+
+    def read(name):
+        return json.loads((tmp_path / f"{name}.json").read_text(), parse_constant=pytest.fail)["rows"]
+
+    def fail(*_):
+        raise MemoryError
+
+    for name in ("measure_reading", "measure_decoding", "measure_training"):
+        monkeypatch.setattr(
+            gpu, name, lambda sizes: [{"figure": "one", "tokens": 1, "value": 1.0, "unit": "s", "ratio": 1.0}]
+        )
+    monkeypatch.setattr(gpu, "CHECKS", {"one": (lambda: 0.0, 1e-3)})
+    assert gpu.main(["--tiny", "--output_dir", str(tmp_path)]) == 0
+    monkeypatch.setattr(gpu, "measure_decoding", fail)
+    fail.__name__ = "measure_decoding"
+    assert gpu.main(["--tiny", "--output_dir", str(tmp_path)]) == 1
+    assert [(r["value"], r["unit"]) for r in read("gpu_speed") if r["figure"] != "one"] == [
+        (None, "FAILED: MemoryError")
+    ]
+
+    broken = torch.tensor([1.0, math.nan])
+    checks = {"broken": lambda: gpu.compare([torch.ones(1), broken], [torch.ones(1), torch.ones(2)]), "raises": fail}
+    monkeypatch.setattr(gpu, "CHECKS", {name: (check, 1e-3) for name, check in checks.items()})
+    monkeypatch.setattr(gpu, "measure_decoding", gpu.measure_reading)
+    assert gpu.main(["--tiny", "--output_dir", str(tmp_path)]) == 1
+    assert [(r["difference"], r["result"]) for r in read("gpu_checks")] == [
+        (None, "FAILED"),
+        (None, "FAILED: MemoryError"),
+    ]
+
+
 def test_candidates_are_trained_and_measured_once_for_each_setting(tmp_path):
     def call(*lengths):
         flags = ["--variants", "map on M_0", "--seeds", "3", "--steps", "2", "1", "1", "--num_samples", "2"]
