@@ -97,14 +97,12 @@ class RmtForCausalLM(RecurrentModel):
     @torch.no_grad()
     def begin_with(self, said: Tensor) -> None:
         """`M_0` starts from the embeddings of what it should say (prompt tuning's initialisation by text, Lester et al. 2021)."""
-        tables = [
-            module for module in self.memory_embedding.modules() if isinstance(module, nn.Embedding)
-        ]  # PEFT has two
         embed = self.get_input_embeddings()
+        tables = [part for part in self.memory_embedding.modules() if isinstance(part, nn.Embedding)]  # PEFT keeps two
         with gathered(embed.weight, *(table.weight for table in tables), written=True):
-            said = embed(said[: self.config.note_length].to(embed.weight.device))
+            said = embed(said.to(embed.weight.device))
             for table in tables:
-                table.weight[self.config.memory_shift :][: len(said)] = said.to(table.weight.dtype)
+                table.weight[self.config.memory_shift :] = said.to(table.weight.dtype)
 
     def prefix(self, memory: Tensor) -> Tensor:
         return memory

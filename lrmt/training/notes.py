@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lrmt.models.notes import Notes, NotesScore
 from lrmt.models.scoring import IGNORED
@@ -15,15 +16,15 @@ NEVER = torch.iinfo(torch.long).max
 SINCE = ("0", "1", "2_3", "4_7", "8_15", "16_up")  #: hand-overs since a note was told, as they are logged
 
 
-def spell(notes: Sequence[str], pieces: Pieces) -> list[np.ndarray]:
-    """Ids of notes, each with EOS at its end: else the memory would be free to make up more, which later segments could not tell from
-    what was read. Where there is nothing to say it is EOS alone.
+def spell(notes: Sequence[str], pieces: Pieces, size: int) -> tuple[Tensor, bool]:
+    """Ids `[N, size]` of notes, and whether one was cut. Behind its end there is EOS and nothing else: else the memory would be free to
+    make up more, which later segments could not tell from what was read.
     """
-    said = pieces.encode(notes)
-    return [
-        np.append(ids if note else ids[:0], pieces.tokenizer.eos_token_id)
-        for note, ids in zip(notes, said, strict=True)
-    ]
+    ids = torch.full((len(notes), size), pieces.tokenizer.eos_token_id, dtype=torch.long)
+    said = [told if note else told[:0] for note, told in zip(notes, pieces.encode(notes), strict=True)]
+    for row, told in zip(ids, said, strict=True):
+        row[: len(told)] = torch.from_numpy(told[:size])
+    return ids, any(len(told) > size for told in said)
 
 
 def collate_notes(examples: Sequence[Example], pieces: Pieces, size: int) -> tuple[Notes, bool]:
@@ -36,10 +37,12 @@ def collate_notes(examples: Sequence[Example], pieces: Pieces, size: int) -> tup
     ends = torch.full(ids.shape[:2], NEVER, dtype=torch.long)
     cut = False
     for row, notes in enumerate(told):
-        for number, said in enumerate(spell([note.text for note in notes], pieces)):
-            cut = cut or len(said) - 1 > size
-            ids[row, number, : len(said)] = torch.from_numpy(said[:size])
-            ends[row, number] = notes[number].end
+        said, longer = spell([note.text for note in notes], pieces, size)
+        ids[row, : len(notes)], ends[row, : len(notes)] = (
+            said,
+            torch.tensor([note.end for note in notes], dtype=torch.long),
+        )
+        cut = cut or longer
     return Notes(ids, ends), cut
 
 

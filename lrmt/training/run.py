@@ -89,7 +89,7 @@ def train(
         if told and this_rank().is_main_process:
             print(told)
         if any(curriculum_args.notes_weight) and (first := tasks["train"].first_note):
-            model.get_base_model().begin_with(torch.from_numpy(spell([first], Pieces(tokenizer))[0]))
+            model.get_base_model().begin_with(spell([first], Pieces(tokenizer), config.note_length)[0][0])
     trainer = LongContextTrainer(
         model,
         training_args,
