@@ -69,10 +69,13 @@ def build_empty(config: PreTrainedConfig) -> PreTrainedModel:
     return backbone
 
 
-def load_tokenizer(name: str, revision: str | None = None, flag: str = FLAG):
-    """The tokenizer of a backbone, or of an adapter's folder: it ends answers, and pads with what the model has an embedding of."""
+def load_tokenizer(name: str, revision: str | None = None, flag: str = FLAG, backbone: str | None = None):
+    """The tokenizer of a backbone, or of an adapter's folder: it ends answers, and pads with what the model has an embedding of.
+
+    `backbone`: as `open_tokenizer` takes it.
+    """
     config = _open(AutoConfig.from_pretrained, name, flag, weights=False, revision=revision)
-    tokenizer = open_tokenizer(name, revision, flag)
+    tokenizer = open_tokenizer(name, revision, flag, backbone)
     rows = config.get_text_config().vocab_size
     if tokenizer.eos_token_id is None or tokenizer.eos_token_id >= rows:
         problem = "is not set" if tokenizer.eos_token_id is None else f"({tokenizer.eos_token}) has no embedding"
@@ -85,13 +88,22 @@ def load_tokenizer(name: str, revision: str | None = None, flag: str = FLAG):
     return tokenizer
 
 
-def open_tokenizer(name: str, revision: str | None = None, flag: str = "--tokenizer"):
-    """The tokenizer of a folder, a Hub id, a GGUF or a named backbone, as it is; of an adapter without one its backbone's."""
+def open_tokenizer(name: str, revision: str | None = None, flag: str = "--tokenizer", backbone: str | None = None):
+    """The tokenizer of a folder, a Hub id, a GGUF or a named backbone, as it is; of an adapter without one that of its backbone,
+    which is looked for where training found it, or is at the place `backbone`.
+    """
     name = str(name)
-    adapter = Path(name, "adapter_config.json")
+    adapter, config = Path(name, "adapter_config.json"), Path(name, "config.json")
     if adapter.is_file() and not Path(name, "tokenizer_config.json").is_file():
-        base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
-        return open_tokenizer(find_backbone(Path(name), base), flag=f"{flag} {name}: its backbone")
+        told = [json.loads(file.read_text(encoding="utf-8")) for file in (adapter, config) if file.is_file()]
+        place = (
+            resolve_backbone(backbone)
+            if backbone
+            else find_backbone(Path(name), told[0].get("base_model_name_or_path"))
+        )
+        return open_tokenizer(
+            place, told[-1].get("backbone_revision"), FLAG if backbone else f"{flag} {name}: its backbone"
+        )
     place = resolve_backbone(name, flag) if is_named(name) or is_gguf(name) else name
     check_files(place, flag, weights=False)
     try:

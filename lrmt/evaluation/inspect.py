@@ -30,7 +30,7 @@ def run_inspection(settings: InspectionSettings) -> None:
     Whatever can be refused is refused before the model is loaded and before anything is written (UsageError).
     """
     config = read_recording_config(settings.adapter_path)
-    tokenizer = load_tokenizer(settings.adapter_path)
+    tokenizer = load_tokenizer(settings.adapter_path, settings.model_name_or_path)
     if settings.task:
         document, prompt, notes = make_sample(settings, tokenizer, config.span_length)
     else:

@@ -29,7 +29,7 @@ def run_perplexity(settings: EvaluationSettings) -> list[dict]:
     # the longest text chooses the places: with another one, other tokens are scored
     identity = settings.identity() | {"longest of --lengths": lengths[-1]}
     folder = ResultsFolder(settings.folder, identity, settings.overwrite, "perplexity.json", settings.defaults())
-    tokenizer = load_tokenizer(settings.adapter_path)
+    tokenizer = load_tokenizer(settings.adapter_path, settings.model_name_or_path)
     task = build_task("text", tokenizer, split=settings.split, seed=settings.seed, text_path=settings.text_path)
     task.example(0, lengths[-1] * segment_length)  # a text that is too short is refused here
 

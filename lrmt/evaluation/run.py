@@ -78,7 +78,7 @@ def make_plan(settings: EvaluationSettings) -> Plan:
     segment_length = read_segment_length(settings.adapter_path)
     cells = settings.cells(segment_length)
     folder = ResultsFolder(settings.folder, settings.identity(), settings.overwrite, defaults=settings.defaults())
-    tokenizer = load_tokenizer(settings.adapter_path)
+    tokenizer = load_tokenizer(settings.adapter_path, settings.model_name_or_path)
     background = build_background(settings, tokenizer, max(cell.tokens or 0 for cell in cells))
     tasks = {
         depth: build_tasks(settings, tokenizer, segment_length, depth, background)
@@ -319,5 +319,6 @@ def read_segment_length(path) -> int:
     return read_config(path).segment_length
 
 
-def load_tokenizer(path):
-    return backbone.load_tokenizer(path, flag="--adapter_path")
+def load_tokenizer(path, model_name_or_path: str | None = None):
+    """That of an adapter, which may be its backbone's; `model_name_or_path`: another place of this."""
+    return backbone.load_tokenizer(path, flag="--adapter_path", backbone=model_name_or_path)

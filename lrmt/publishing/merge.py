@@ -41,7 +41,7 @@ def merge_adapter(
     """
     path, config = _open_config(adapter_path, merge_base)
     output = _check_output(output_dir)
-    tokenizer = load_tokenizer(path, flag="--adapter_path")
+    tokenizer = load_tokenizer(path, flag="--adapter_path", backbone=model_name_or_path)
     backbone = {"model_name_or_path": model_name_or_path}
     ids = _draw_text(config)
     trained_logits = _logits_as_trained(path, backbone, ids)

@@ -16,6 +16,7 @@ import lrmt
 from lrmt.adapters.adapter import check_savable, read_config, save_adapter
 from lrmt.adapters.backbone import load_backbone, load_tokenizer, read_backbone_config
 from lrmt.arguments import ModelArguments
+from lrmt.cli import main
 from lrmt.errors import UsageError
 from lrmt.evaluation import run as evaluation
 from lrmt.models import RmtForCausalLM
@@ -399,3 +400,51 @@ def test_an_adapter_without_a_tokenizer_has_that_of_its_backbone(trained, tmp_pa
     with pytest.raises(UsageError, match="its backbone nowhere/to.be/found is not here") as error:
         load_tokenizer(copy)
     assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def stripped(tmp_path):
+    """An adapter without a tokenizer, whose backbone, the tiny LLaMA, has moved."""
+    without = shutil.ignore_patterns("tokenizer*")
+    folder = shutil.copytree(ASSETS / "rmt-qa1", tmp_path / "adapter", ignore=without)
+    spoil(folder, "adapter_config.json", base_model_name_or_path="/gone/backbone")
+    return spoil(folder, "config.json", backbone_name="/gone/backbone", backbone_revision="v2")
+
+
+def test_another_place_of_the_backbone_gives_the_tokenizer_too(stripped, tmp_path, monkeypatch):
+    """In the revision that training used."""
+    folder = stripped
+    with pytest.raises(UsageError, match="its backbone /gone/backbone is not here; say where it is with"):
+        evaluation.load_tokenizer(folder)
+    with pytest.raises(UsageError, match="`--model_name_or_path` nowhere: no such folder"):
+        evaluation.load_tokenizer(folder, "nowhere")
+    theirs = load_tokenizer("tiny-llama")
+    assert evaluation.load_tokenizer(folder, "tiny-llama").get_vocab() == theirs.get_vocab()
+    assert merge_adapter(str(folder), str(tmp_path / "merged"), model_name_or_path="tiny-llama")["same_base"] < 1e-4
+    asked = []
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda place, revision=None: asked.append(revision) or theirs)
+    evaluation.load_tokenizer(folder, "tiny-llama")
+    assert asked == ["v2"]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "inspect --input TEXT --max_new_tokens 1",
+        "evaluate --task qa1 --lengths 1 --num_samples 1 --baseline",
+        "evaluate --task perplexity --text_path TEXT --lengths 1 --num_samples 1 --baseline",
+        "evaluate --harness babilong_qa1 --harness_data DATA --num_samples 1",
+    ],
+)
+def test_every_command_finds_the_tokenizer_there(stripped, tmp_path, command, monkeypatch):
+    monkeypatch.setenv("LRMT_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "text.txt").write_text("The lantern stands beside the window. " * 60)
+    row = {"input": "Mary went to the garden.", "question": "Where is Mary?", "target": "garden"}
+    (tmp_path / "qa1").mkdir()
+    (tmp_path / "qa1" / "0k.json").write_text(json.dumps([row]))
+    if "--harness" in command:
+        pytest.importorskip("lm_eval")
+    words = command.replace("TEXT", f"{tmp_path / 'text.txt'}").replace("DATA", f"{tmp_path}").split()
+    places = ["--adapter_path", f"{stripped}", "--model_name_or_path", "tiny-llama"]
+    assert main([*words, *places, "--output_dir", f"{tmp_path / 'out'}"]) == 0
+    assert any((tmp_path / "out").glob("*.json"))

@@ -31,7 +31,7 @@ def adapter(tmp_path, monkeypatch):
     save_file({"weights": torch.zeros(1)}, folder / "adapter_model.safetensors")
     model = FakeModel(reach=4)
     monkeypatch.setattr(lrmt, "load", lambda path, **options: model, raising=False)
-    monkeypatch.setattr(run, "load_tokenizer", lambda path: FakeTokenizer())
+    monkeypatch.setattr(run, "load_tokenizer", lambda *place: FakeTokenizer())
     monkeypatch.setattr(run, "read_segment_length", lambda path: SEGMENT)
     monkeypatch.setattr(run, "build_tasks", lambda settings, *_: {t: FakeTask() for t in settings.task})
     return folder, model

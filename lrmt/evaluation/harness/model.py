@@ -35,7 +35,7 @@ class HarnessModel(TemplateLM):
         model = lrmt.load(pretrained, load_in_4bit=load_in_4bit, device_map=device_map, **reading).eval()
         self.model = model if hasattr(model, "disable_adapter") else model.to(self._device)
         self.generate = generating(self.model)
-        self.tokenizer = load_tokenizer(pretrained)
+        self.tokenizer = load_tokenizer(pretrained, reading.get("model_name_or_path"))
         self.batch_size = int(batch_size)
         self.prefix = Pieces(self.tokenizer).prefix
 

@@ -47,7 +47,8 @@ def run_harness(
         prompt: of babilong_qa*. "trained": context and question as in training, and from local files an answer as long as
             `lrmt evaluate` takes, so that accuracy is that of `lrmt evaluate --scoring contains` on the same rows. "public":
             the harness' own instruction, two examples and 16 tokens.
-        output_dir: default ADAPTER_PATH/harness. loading: `load_in_4bit` and the reading settings of `lrmt.load`.
+        output_dir: default ADAPTER_PATH/harness. loading: `load_in_4bit`, `model_name_or_path` and the reading settings of
+            `lrmt.load`.
 
     Returns:
         The records of results.json (results.build_record), of tasks whose answers are right or wrong.
@@ -65,7 +66,7 @@ def run_harness(
     check_arguments(tasks, num_samples, batch_size, data_dir, prompt)
     check_output(folder, overwrite)
     quiet_harness()
-    config, tokenizer = read_config(adapter_path), load_tokenizer(adapter_path)
+    config, tokenizer = read_config(adapter_path), load_tokenizer(adapter_path, loading.get("model_name_or_path"))
     manager, names = find_tasks(tasks)
     answer = Pieces(tokenizer).answer
     loaded = load_tasks(
@@ -73,7 +74,7 @@ def run_harness(
         names,
         max_seq_lengths or (None,),
         seed,
-        tokenizer=str(adapter_path),
+        tokenizer=tokenizer.name_or_path,  # where it was found
         data_dir=data_dir,
         answer=answer if prompt == "trained" else None,
     )
