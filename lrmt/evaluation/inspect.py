@@ -1,6 +1,8 @@
 """`lrmt inspect`: what a memory says while a text is read, and which blocks of it each token of the answer read, as passages."""
 
 from collections import Counter
+from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,7 +16,7 @@ from lrmt.evaluation.readable import tell_memory
 from lrmt.evaluation.run import load_on_device, load_tokenizer, read_config
 from lrmt.files import to_json, told_as, write_files
 from lrmt.lengths import parse_segments
-from lrmt.models import METHODS, Recording, Span
+from lrmt.models import METHODS, LongContextConfig, Recording, RecurrentConfig, Span
 from lrmt.progress import progress
 from lrmt.tasks.base import Pieces
 from lrmt.tasks.options import TaskOptions
@@ -123,13 +125,9 @@ def answer_and_record(
     model, tokenizer, document: list[int], prompt: list[int], max_new_tokens: int
 ) -> tuple[list[int], Recording]:
     """The ids of the greedy answer, and what was written on the way and read for each of them."""
-    # as if all came at once: a recurrent model's pieces end where its segments do, however these are aligned
-    length, segment = len(document), getattr(model.config, "segment_length", len(document))
-    size = SEGMENTS_AT_ONCE * segment
-    first = min(length, segment + (length - segment) % size)
-    cuts, state = [0, *range(first, length + 1, size)], None
+    cuts, state = find_cuts(len(document), model.config), None
     with model.recording() as reading, progress(len(document), "token", "reading", unit_scale=True, leave=False) as bar:
-        for begin, end in zip(cuts, cuts[1:], strict=False):
+        for begin, end in pairwise(cuts):
             state = model.read(torch.tensor([document[begin:end]], device=model.device), state=state)
             bar.update(end - begin)
     prompt_ids = torch.tensor([prompt], device=model.device)
@@ -142,6 +140,16 @@ def answer_and_record(
         )
     told.written[:0] = reading.written
     return ids[0, len(prompt) :].tolist(), told
+
+
+def find_cuts(length: int, config: LongContextConfig) -> list[int]:
+    """Where the pieces begin and end in which a text of this `length` is read as if all came at once: those of a recurrent model
+    end where its segments do, however these are aligned; of another there is but one.
+    """
+    if not isinstance(config, RecurrentConfig):
+        return [0, length]
+    size = SEGMENTS_AT_ONCE * config.segment_length
+    return [0, *range(min(length, config.segment_length + (length - config.segment_length) % size), length + 1, size)]
 
 
 def build_records(steps: list[list[list[Span]]], tokens: list[str]) -> list[dict]:

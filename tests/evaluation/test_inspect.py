@@ -254,6 +254,16 @@ def test_bad_input_is_one_line_and_writes_nothing(inspect, backbones, tmp_path, 
         assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_text_is_read_at_once_where_pieces_would_change_the_answer(model, tokenizer):
+    """Landmark attention reads in chunks from where it goes on: where those end decides what is near."""
+    length = 17 * 64 + 50
+    ids = torch.randint(5, 200, (length,), generator=torch.Generator().manual_seed(0)).tolist()
+    told = answer_and_record(model, tokenizer, ids, [7], 1)[1]
+    with model.recording() as whole:
+        model(torch.tensor([[7]]), state=model.read(torch.tensor([ids])), logits_to_keep=1)
+    assert told.read == whole.read[-1:]
+
+
 def test_the_backbone_s_generation_settings_change_nothing(model, tokenizer):
     ask = model, tokenizer, encode(tokenizer, TEXT), encode(tokenizer, QUESTION), 8
     plain, owner = answer_and_record(*ask)[0], model.get_base_model()
