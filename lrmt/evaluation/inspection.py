@@ -1,6 +1,6 @@
 """What `lrmt inspect` is asked to do."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
@@ -12,11 +12,13 @@ from lrmt.files import read_text
 from lrmt.flags import flag
 from lrmt.lengths import parse_segments
 from lrmt.tasks.names import GENERATED
-from lrmt.tasks.options import BackgroundOptions, StoryOptions, check_choice
+from lrmt.tasks.options import BackgroundOptions, PasskeyOptions, StoryOptions, check_choice
+
+OF_SAMPLES = (StoryOptions, BackgroundOptions, PasskeyOptions)  # with --length and --seed
 
 
 @dataclass(kw_only=True)
-class InspectionSettings(OpeningSettings, StoryOptions, BackgroundOptions, OutputFlags):
+class InspectionSettings(OpeningSettings, *OF_SAMPLES, OutputFlags):
     """Settings of one inspection; raises UsageError, one line, for whatever cannot work."""
 
     title: ClassVar[str] = "text"
@@ -76,12 +78,22 @@ examples:
                 raise UsageError(
                     f"--question {self.question!r} is of a text; a sample of --task has its own, leave it out"
                 )
-        elif not self.text.strip():
-            raise UsageError(f"--input {self.input} is empty; name a text file")
+        else:
+            self._check_input()
         if self.question is not None and not self.question.strip():
             raise UsageError("--question is empty; leave it out to let the text go on")
         if not all(note.strip() for note in self.note or []):
             raise UsageError("--note is empty; give what the memory should have kept, or leave it out")
+
+    def _check_input(self):
+        of_samples = {"length", "seed"} | {f.name for options in OF_SAMPLES for f in fields(options)}
+        given = [f"--{f.name}" for f in fields(self) if f.name in of_samples and getattr(self, f.name) != f.default]
+        if given:
+            raise UsageError(
+                f"--input {self.input} is a text, and no sample of a task; leave out {', '.join(sorted(given))}"
+            )
+        if not self.text.strip():
+            raise UsageError(f"--input {self.input} is empty; name a text file")
 
     @cached_property
     def text(self) -> str:

@@ -184,11 +184,14 @@ def test_a_memory_that_says_nothing_is_said_to(backbones, text, tmp_path, capsys
     assert not any(s["gained"] for s in json.loads((tmp_path / "out" / "memory.json").read_text())["segments"])
 
 
-def test_a_sample_of_a_task_is_asked_and_its_notes_followed(copier, tmp_path, capsys):
+@pytest.mark.parametrize("digits", [5, 3])
+def test_a_sample_of_a_task_is_asked_and_its_notes_followed(copier, tmp_path, capsys, digits):
     command = ["inspect", "--adapter_path", copier[0], "--task", "passkey", "--output_dir", tmp_path / "out"]
-    assert main([*map(str, command), "--max_new_tokens", "1", "--length", "30"]) == 0
+    flags = [] if digits == 5 else ["--num_digits", str(digits)]
+    assert main([*map(str, command), "--max_new_tokens", "1", "--length", "30", *flags]) == 0
     first, *_ = out = capsys.readouterr().out.splitlines()
-    target = first.split("target: '")[1][:5]
+    target = first.split("target: '")[1].split("'")[0]
+    assert len(target) == digits
     assert first.startswith("question: 'What is the pass key?")
     assert f"note {target!r}: never said" in out
     told = json.loads((tmp_path / "out" / "memory.json").read_text())
@@ -206,6 +209,11 @@ def test_a_text_or_a_sample_but_not_both_nor_none(copier, text, tmp_path, capsys
         (["--task", "passkey", "--length", "1"], "passkey does not fit into 48 tokens"),
         (["--task", "passkey", "--length", "many"], "many"),
         (["--task", "passkey", "--seed", "-1"], "--seed"),
+        (["--task", "passkey", "--num_digits", "19"], "--num_digits"),
+        (
+            ["--input", text, "--length", "100k", "--seed", "7", "--babi_dir", "/x", "--num_digits", "3"],
+            "is a text, and no sample of a task; leave out --babi_dir, --length, --num_digits, --seed\n",
+        ),
     ]:
         with pytest.raises(SystemExit) as stop:
             main([*command, *map(str, flags)])
