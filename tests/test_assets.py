@@ -196,7 +196,7 @@ def test_smollm2_remembers_and_says_what(tmp_path, capsys):
     told = re.search(rf"note '{key}': said first after segment (\d+), kept to the end", out)
     assert told, out
     segments = json.loads((tmp_path / "memory" / "memory.json").read_text())["segments"]
-    said = "".join(vector["says"] for vector in segments[int(told[1]) - 1]["vectors"])
+    said = "".join(vector["says"] or "" for vector in segments[int(told[1]) - 1]["vectors"])
     assert key in said
 
 

@@ -173,6 +173,11 @@ def test_inspection(run, tmp_path, capsys):
     assert [r["start_token"] % 80 for r in records] == [0] * len(records) and len(records) >= 1
     assert all(r["share"] == 1.0 for r in records)
     assert (tmp_path / "out" / "retrieval.png").is_file()
+    memory = json.loads((tmp_path / "out" / "memory.json").read_text())  # written without a suffix, and looked at
+    assert memory["segments"] == [] and [len(part["looked"]) for part in memory["answer"]] == [3] * len(
+        memory["answer"]
+    )
+    assert memory["answer"] and (tmp_path / "out" / "attention.png").is_file()
 
 
 def test_merging(run, tmp_path, capsys):

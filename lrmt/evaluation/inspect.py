@@ -22,6 +22,7 @@ from lrmt.tasks.base import Pieces
 from lrmt.tasks.options import TaskOptions
 from lrmt.tasks.registry import build_task
 
+FILES = {"memory.json", "memory.png", "attention.png", "retrieval.json", "retrieval.png"}
 LONGEST_PASSAGE = 100  # characters shown
 SEGMENTS_AT_ONCE = 16  # read between two steps of the progress bar
 
@@ -43,26 +44,27 @@ def run_inspection(settings: InspectionSettings) -> None:
     answer, told = answer_and_record(model, tokenizer, document, prompt, settings.max_new_tokens)
     ids = document + prompt + answer
     print(f"answer: {decode_answer(answer, tokenizer)!r}\n")
-    if told.written:
-        files = tell_memory(told, ids, answer, tokenizer, notes, settings.top)
-        write_files(settings.folder, files)
-        print(f"{' and '.join(files)} are in {settings.folder}")
+    files = {}
+    if told.written or told.looked:
+        files |= tell_memory(told, ids, answer, tokenizer, notes, settings.top)
     if told.read:
-        tell_spans(told.read, ids, answer, tokenizer, config.num_hidden_layers, settings)
+        files |= tell_spans(told.read, ids, answer, tokenizer, config.num_hidden_layers, settings.top)
+    replace_files(settings.folder, files)
+    print(f"{' and '.join(files)} {'are' if len(files) > 1 else 'is'} in {settings.folder}")
 
 
-def tell_spans(steps: list[list[list[Span]]], ids, answer: list[int], tokenizer, num_layers: int, settings) -> None:
-    """Prints what each answer token read of the text `ids`; writes retrieval.json and retrieval.png."""
+def tell_spans(steps: list[list[list[Span]]], ids, answer: list[int], tokenizer, num_layers: int, top: int) -> dict:
+    """Prints what each answer token read of the text `ids`; the files, by name."""
     tokens = [tokenizer.decode([token]) for token in answer]
     records = build_records(steps, tokens)
-    write_records(settings.folder, records, num_layers, len(answer))
+    files = {"retrieval.json": to_json(records)}
     if not records:
         length = len(ids) - len(answer)
-        print(f"no block was retrieved: the text, {length} tokens, is shorter than what is near")
-        return
-    print(f"{format_tokens_read(records, tokens, num_layers, settings.top)}\n")
-    print(f"{format_passages(records, find_passages(steps, ids, tokenizer), num_layers, settings.top)}\n")
-    print(f"retrieval.json and retrieval.png are in {settings.folder}")
+        print(f"no block was retrieved: the text, {length} tokens, is shorter than what is near\n")
+        return files
+    print(f"{format_tokens_read(records, tokens, num_layers, top)}\n")
+    print(f"{format_passages(records, find_passages(steps, ids, tokenizer), num_layers, top)}\n")
+    return files | {"retrieval.png": draw_retrieval(*average_shares(records, num_layers, len(answer)))}
 
 
 def read_recording_config(path):
@@ -76,13 +78,12 @@ def read_recording_config(path):
     return config
 
 
-def write_records(folder, records: list[dict], num_layers: int, num_tokens: int) -> None:
-    files = {"retrieval.json": to_json(records)}
-    if records:
-        files["retrieval.png"] = draw_retrieval(*average_shares(records, num_layers, num_tokens))
+def replace_files(folder: Path, files: dict[str, str | bytes]) -> None:
+    """Writes them, and removes what an inspection that this one replaces has written and this one has not."""
     write_files(folder, files)
-    if not records:  # of an inspection that this one replaces
-        (folder / "retrieval.png").unlink(missing_ok=True)
+    with told_as("--output_dir", folder):
+        for name in FILES - files.keys():
+            (folder / name).unlink(missing_ok=True)
 
 
 def split_text(settings: InspectionSettings, tokenizer, span_length: int) -> tuple[list[int], list[int]]:

@@ -27,9 +27,11 @@ Reads a text, answers, and tells what the memory held on the way.
 
 Of a recurrent memory: what each of its vectors says after every segment, by the backbone's own head, where that was
 said first and where it was lost, and how the answer looked at it. Memories say something readable where they were
-trained with --notes_weight. Writes memory.json (every segment: each vector's likeliest token, its probability, and
-the tokens of the segment that its position looked at), memory.png (vectors by segments) and attention.png (what the
-write positions looked at where something new was said, and the answer tokens at the memory).
+trained with --notes_weight. Vectors are numbered as the next segment reads them: with --memory_shift the first, which
+is that of before anything was read, says nothing. Writes memory.json (every segment: each vector's likeliest token, its
+probability, and the tokens of the segment that its position looked at), memory.png (vectors by segments) and
+attention.png (what the write positions looked at where something new was said, and the answer tokens at the memory),
+as far as there are such vectors.
 
 Of landmark attention: which blocks of the text each answer token read beyond what is always near: the passages, and
 their share of the attention, averaged over layers and heads. Writes retrieval.json (one record for each answer token,

@@ -146,9 +146,10 @@ def draw_retrieval(shares: np.ndarray, blocks: list[int]) -> bytes:
     return to_png(figure)
 
 
-def draw_memory(probability: np.ndarray, tokens: list[list[str]], sure: float, notes: list[dict]) -> bytes:
-    """A PNG of what a memory says: its vectors by segments, coloured by probability `[segments, k]`; each token is written where it
-    is first said with the probability `sure`, as far as there is room. Lines mark where notes were said, green, and lost, red.
+def draw_memory(probability: np.ndarray, tokens: list[list[str | None]], sure: float, notes: list[dict]) -> bytes:
+    """A PNG of what a memory says: its vectors by segments, coloured by probability `[segments, k]`, NaN where there is none; each
+    token is written where it is first said with the probability `sure`, as far as there is room. Lines mark where notes were said,
+    green, and lost, red.
     """
     import matplotlib
 
@@ -156,9 +157,9 @@ def draw_memory(probability: np.ndarray, tokens: list[list[str]], sure: float, n
     import matplotlib.pyplot as plt
 
     count, k = probability.shape
-    width = min(max(0.6 * count, 3.0), 24.0)
-    figure = plt.figure(figsize=(width + 1.8, 0.4 * k + 1.4), layout="constrained")
-    axes = figure.add_subplot()
+    width, height = min(max(0.6 * count, 3.0), 24.0), min(0.4 * k, 24.0)
+    figure = plt.figure(figsize=(width + 1.8, height + 1.4), layout="constrained")
+    axes = figure.add_subplot(facecolor="0.93")
     mesh = axes.pcolormesh(probability.T, cmap="Blues", vmin=0, vmax=1)
     room = 0.55 * count / width  # segments that a token's text covers
     for i in range(k):
@@ -175,7 +176,7 @@ def draw_memory(probability: np.ndarray, tokens: list[list[str]], sure: float, n
         if last < count:
             axes.axvline(last, color="tab:red", linewidth=3)
     axes.set_xticks(*spread(range(1, count + 1), width / 0.6))
-    axes.set_yticks(np.arange(k) + 0.5, range(1, k + 1))
+    axes.set_yticks(*spread(range(1, k + 1), height / 0.4))
     axes.invert_yaxis()
     axes.tick_params(length=0)
     axes.set_xlabel("Segment")
@@ -188,23 +189,26 @@ def draw_attention(
     panels: list[tuple[str, np.ndarray, list[str], list[str]]], looked: np.ndarray, answer: list[str]
 ) -> bytes:
     """A PNG of shares of attention: for each `(title, shares [k, W], k rows, W columns)` what was looked at while writing, and
-    below how the tokens of the `answer` looked at the memory, `[answer, k]`.
+    below how the tokens of the `answer` looked at the memory, `[answer, n]`, NaN where it had fewer vectors; without any, nothing.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels = [(f"{title}: what the write positions looked at", *rest) for title, *rest in panels]
-    panels.append(("what the answer looked at", looked, answer, [str(i + 1) for i in range(looked.shape[1])]))
+    panels = [(f"{title}: what was looked at while writing, by memory vector", *rest) for title, *rest in panels]
+    if looked.shape[1]:
+        numbers = [str(i + 1) for i in range(looked.shape[1])]
+        panels.append(("what the answer looked at, by memory vector", looked, answer, numbers))
     widest = min(max(0.14 * max(panel[1].shape[1] for panel in panels), 5.0), 24.0)
-    heights = [0.28 * len(panel[1]) + 1.5 for panel in panels]
+    heights = [min(0.28 * len(panel[1]), 24.0) + 1.5 for panel in panels]
     figure = plt.figure(figsize=(widest + 2.0, sum(heights)), layout="constrained")
     axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
     for (title, shares, rows, columns), subplot in zip(panels, axes, strict=True):
+        subplot.set_facecolor("0.93")
         mesh = subplot.pcolormesh(100 * shares, cmap="Blues", vmin=0)
         subplot.set_xticks(*spread([escape(text) for text in columns], widest / 0.14), rotation=90, fontsize=6)
-        subplot.set_yticks(*spread([escape(text) for text in rows], len(rows)), fontsize=7)
+        subplot.set_yticks(*spread([escape(text) for text in rows], 24.0 / 0.28), fontsize=7)
         for label in [*subplot.get_xticklabels(), *subplot.get_yticklabels()]:
             label.set_parse_math(False)
         subplot.invert_yaxis()
@@ -215,7 +219,7 @@ def draw_attention(
 
 
 def escape(token: str) -> str:
-    """A token as a label: spaces at its ends and line breaks are seen."""
+    """A token as a label: its spaces, tabs and line breaks are seen."""
     return token.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "·")
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from difflib import SequenceMatcher
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 import numpy as np
 from torch import Tensor
 
 from lrmt.evaluation.plots import draw_attention, draw_memory
 from lrmt.files import to_json
-from lrmt.models import Recording
+from lrmt.models import Recording, Written
 from lrmt.tasks.base import Pieces
 
 SURE = 0.5  # what a vector says with this probability counts as said
@@ -21,33 +22,52 @@ def tell_memory(told: Recording, ids: list[int], answer: list[int], tokenizer, n
     """Prints what the memory said while the text `ids` was read, what of the `notes` it kept, and how the `answer`, the end of the
     text, looked at it; the files, by name.
     """
-    if not len(told.written[0].ids[0]):
+    segments, followed, panels, files = [], [], [], {}
+    if any((written.ids >= 0).any() for written in told.written):
+        segments = tell_segments(told, ids, tokenizer, top)
+        print(f"{format_segments(segments)}\n")
+        followed = [follow(note, [*map(sure_ids, told.written)], tokenizer) for note in notes]
+        if followed:
+            print("\n".join(map(format_note, followed)) + "\n")
+        panels = [
+            draw_writing(told.written[n - 1], segments[n - 1], ids, tokenizer) for n in most_telling(segments, followed)
+        ]
+        probability = [np.where(to_numpy(one.ids) < 0, np.nan, to_numpy(one.probability)) for one in told.written]
+        says = [[vector["says"] for vector in segment["vectors"]] for segment in segments]
+        files["memory.png"] = draw_memory(stack(probability), says, SURE, followed)
+    elif told.written:
         print("this memory is not made of vectors that the head could read\n")
-        return {"memory.json": to_json({"segments": [], "notes": [], "answer": []})}
-    segments = tell_segments(told, ids, tokenizer, top)
-    said = [sure_ids(written.ids[0], written.probability[0]) for written in told.written]
-    notes = [follow(note, said, tokenizer) for note in notes]
-    looked = np.stack([to_numpy(shares) for shares in told.looked])
+    else:
+        length = len(ids) - len(answer)
+        print(
+            f"nothing was written to memory: the text, {length} tokens, is but one segment; give more, or a --question\n"
+        )
+    looked = [to_numpy(shares).tolist() for shares in told.looked]
     answered = [
-        {"text": tokenizer.decode([token]), "looked": row.tolist()} for token, row in zip(answer, looked, strict=True)
+        {"text": tokenizer.decode([token]), "looked": shares} for token, shares in zip(answer, looked, strict=True)
     ]
-    print(f"{format_segments(segments)}\n")
-    if notes:
-        print("\n".join(map(format_note, notes)) + "\n")
-    print(f"{format_looks(answered, top)}\n")
-    tokens = [[vector["says"] for vector in segment["vectors"]] for segment in segments]
-    panels = []
-    for number in most_telling(segments, notes):
-        read = ids[segments[number - 1]["start_token"] :][: segments[number - 1]["tokens"]]
-        columns = [tokenizer.decode([token]) for token in read]
-        panels.append((f"segment {number}", to_numpy(told.written[number - 1].looked), tokens[number - 1], columns))
-    return {
-        "memory.json": to_json({"segments": segments, "notes": notes, "answer": answered}),
-        "memory.png": draw_memory(
-            np.stack([to_numpy(written.probability) for written in told.written]), tokens, SURE, notes
-        ),
-        "attention.png": draw_attention(panels, looked, [part["text"] for part in answered]),
-    }
+    if any(looked):
+        print(f"{format_looks(answered, top)}\n")
+    if any(looked) or panels:
+        files["attention.png"] = draw_attention(panels, stack(looked), [part["text"] for part in answered])
+    return {"memory.json": to_json({"segments": segments, "notes": followed, "answer": answered}), **files}
+
+
+def draw_writing(written: Written, segment: dict, ids: list[int], tokenizer) -> tuple:
+    """What `draw_attention` takes of a segment: what the positions that wrote a vector looked at."""
+    read = ids[segment["start_token"] :][: segment["tokens"]]
+    wrote = [i for i, vector in enumerate(segment["vectors"]) if vector["says"] is not None]
+    rows = [f"{i + 1}:{segment['vectors'][i]['says']}" for i in wrote]
+    title = f"segment {segment['segment']}"
+    return title, to_numpy(written.looked)[wrote], rows, [tokenizer.decode([token]) for token in read]
+
+
+def stack(rows: list) -> np.ndarray:
+    """Rows of numbers as one table, as wide as the longest, with NaN behind the others."""
+    table = np.full((len(rows), max(map(len, rows), default=0)), np.nan)
+    for i, row in enumerate(rows):
+        table[i, : len(row)] = row
+    return table
 
 
 def most_telling(segments: list[dict], notes: list[dict]) -> list[int]:
@@ -67,8 +87,7 @@ def tell_segments(told: Recording, ids: list[int], tokenizer, top: int) -> list[
     """For every segment: what each vector says and looked at, and what is said that was not before, and no more that was."""
     records, before, start = [], [], 0
     for number, written in enumerate(told.written, start=1):
-        size = written.looked.shape[-1]
-        said = sure_ids(written.ids[0], written.probability[0])
+        size, said = written.looked.shape[-1], sure_ids(written)
         gained, lost = changes(before, said)
         records.append(
             {
@@ -79,7 +98,7 @@ def tell_segments(told: Recording, ids: list[int], tokenizer, top: int) -> list[
                 "lost": [tokenizer.decode(run) for run in lost],
                 "vectors": [
                     {
-                        "says": tokenizer.decode([token]),
+                        "says": tokenizer.decode([token]) if token >= 0 else None,
                         "probability": probability,
                         "looked": [
                             {
@@ -87,7 +106,7 @@ def tell_segments(told: Recording, ids: list[int], tokenizer, top: int) -> list[
                                 "text": tokenizer.decode([ids[start + place]]),
                                 "share": float(shares[place]),
                             }
-                            for place in shares.argsort(descending=True)[:top].tolist()
+                            for place in shares.argsort(descending=True)[: top if token >= 0 else 0].tolist()
                         ],
                     }
                     for token, probability, shares in zip(
@@ -100,24 +119,35 @@ def tell_segments(told: Recording, ids: list[int], tokenizer, top: int) -> list[
     return records
 
 
-def sure_ids(ids: Tensor, probability: Tensor) -> list[int | None]:
-    """What each vector says, `[k]`; None where it is not sure."""
-    return [token if p >= SURE else None for token, p in zip(ids.tolist(), probability.tolist(), strict=True)]
+def sure_ids(written: Written) -> list[int | None]:
+    """What each vector that a position wrote says; None where it is not sure."""
+    says = zip(written.ids[0].tolist(), written.probability[0].tolist(), strict=True)
+    return [token if p >= SURE else None for token, p in says if token >= 0]
 
 
 def changes(before: list[int | None], after: list[int | None]) -> tuple[list[list[int]], list[list[int]]]:
     """What has come and what has gone from what was said to what is, as runs of tokens; what only moved has done neither."""
     gained, lost = [], []
-    for _, a, b, c, d in SequenceMatcher(a=before, b=after, autojunk=False).get_opcodes():
-        if before[a:b] != after[c:d]:
-            lost.append([token for token in before[a:b] if token is not None])
-            gained.append([token for token in after[c:d] if token is not None])
-    return [run for run in gained if run], [run for run in lost if run]
+    for kind, a, b, c, d in SequenceMatcher(a=before, b=after, autojunk=False).get_opcodes():
+        if kind != "equal":
+            lost += [*before[a:b], None]
+            gained += [*after[c:d], None]
+    moved = Counter(gained) & Counter(lost)
+    return split_runs(gained, moved), split_runs(lost, moved)
+
+
+def split_runs(tokens: list[int | None], moved: Counter) -> list[list[int]]:
+    """Runs of tokens, ended by None and by what `moved`, each as often as that tells."""
+    left, stayed = moved.copy(), []
+    for token in tokens:
+        stayed.append(None if left[token] else token)
+        left[token] -= left[token] > 0
+    return [list(run) for some, run in groupby(stayed, lambda token: token is not None) if some]
 
 
 def follow(note: str, said: list[list[int | None]], tokenizer) -> dict:
     """In which segments a note was said, `[first, last]` of each stretch; of a note longer than the memory its beginning."""
-    ids = Pieces(tokenizer)(note).tolist()[: len(said[0])]
+    ids = Pieces(tokenizer)(note).tolist()[: max(map(len, said))]
     told = [
         any(tokens[i : i + len(ids)] == ids for i in range(len(tokens) - len(ids) + 1)) for tokens in [[], *said, []]
     ]
@@ -136,26 +166,38 @@ def format_note(note: dict) -> str:
 
 
 def format_segments(segments: list[dict]) -> str:
-    """A line for every segment, or for several together where the same is said."""
-    lines = [f"what the memory says: the likeliest token of each vector, its probability in %; said from {SURE:.0%}"]
+    """A line for every segment, or for several together where the same is said at the same places."""
+    lines = [
+        f"what the memory says: the likeliest token of each vector, its probability in %; said from {SURE:.0%}; "
+        "-: none, or several in turn"
+    ]
     runs: list[list[dict]] = []
     for segment in segments:
-        if runs and not segment["gained"] and not segment["lost"]:
-            runs[-1].append(segment)
-        else:
-            runs.append([segment])
+        if not runs or segment["gained"] or segment["lost"] or said_where(segment) != said_where(runs[-1][0]):
+            runs.append([])
+        runs[-1].append(segment)
     for run in runs:
         first, last = run[0]["segment"], run[-1]["segment"]
-        vectors = [
-            f"{vector['says']!r} {100 * min(s['vectors'][i]['probability'] for s in run):.0f}"
-            for i, vector in enumerate(run[0]["vectors"])
-        ]
+        vectors = map(format_vector, zip(*(segment["vectors"] for segment in run), strict=True))
         marks = [f"+{text!r}" for text in run[0]["gained"]] + [f"-{text!r}" for text in run[0]["lost"]]
         where = f"{first}" if first == last else f"{first}-{last}"
         lines.append(f"{where:>9}   {'  '.join(vectors)}   {' '.join(marks)}".rstrip())
     if not any(segment["gained"] for segment in segments):
         lines.append("no vector ever says anything surely: a memory trained without notes need not be readable")
     return "\n".join(lines)
+
+
+def said_where(segment: dict) -> list[str | None]:
+    """What is said, vector by vector."""
+    return [vector["says"] if vector["probability"] >= SURE else None for vector in segment["vectors"]]
+
+
+def format_vector(in_segments: tuple[dict, ...]) -> str:
+    """What a vector says in several segments, and the least of its probabilities."""
+    says = {vector["says"] for vector in in_segments}
+    if len(says) > 1 or None in says:
+        return "-"
+    return f"{says.pop()!r} {100 * min(vector['probability'] for vector in in_segments):.0f}"
 
 
 def format_looks(answered: list[dict], top: int) -> str:

@@ -132,11 +132,13 @@ class RecurrentModel(LongContextModel):
         asked, says = segment.notes is not None, None
         if asked or self._record or self.config.memory_handover == "tokens":  # on every rank alike, notes or not
             says = self.get_output_embeddings()(after.contiguous())  # of a view the head would be multiplied row by row
+        shift = self.config.memory_shift and k > 0
         if self._record:
-            self._record.written.append(Written.of(says, attention[:, n + width :, n : n + width].clone()))
+            written = Written.of(says, attention[:, n + width :, n : n + width].clone())
+            self._record.written.append(written.shifted() if shift else written)
         told = score(says, segment.notes) if asked else None
         after = self.handover(after, says, self.get_input_embeddings())
-        if self.config.memory_shift and k:
+        if shift:
             after = torch.cat([self.suffix(self.start(len(after)))[:, :1], after[:, :-1]], dim=1)
         return kept, self.write(memory, SegmentOutput(before, tokens, after, segment.mask)), told
 
@@ -342,9 +344,10 @@ class RecurrentModel(LongContextModel):
             past_key_values=cache.kv,
             use_cache=True,
         )
-        if self._record and (before := self.prefix(state.memory)) is not None:
+        if self._record:
+            before = self.prefix(state.memory)
             padding = 0 if cache.mask is None else (cache.mask == 0).sum(1, keepdim=True)
-            place = torch.arange(before.shape[1], device=hidden.device) + padding
+            place = torch.arange(0 if before is None else before.shape[1], device=hidden.device) + padding
             self._record.looked.append(attention[:, -1].gather(1, place.expand(len(hidden), -1)))
         return hidden[:, -1], dataclasses.replace(state, cache=cache)
 

@@ -11,16 +11,18 @@ from lrmt.adapters.adapter import save_adapter
 from lrmt.arguments import ModelArguments
 from lrmt.cli import main
 from lrmt.evaluation.inspect import SEGMENTS_AT_ONCE, answer_and_record
-from lrmt.evaluation.readable import changes, follow, format_note
-from lrmt.models import RmtForCausalLM
+from lrmt.evaluation.readable import changes, follow, format_note, format_segments, tell_memory
+from lrmt.models import RecurrentConfig, RecurrentModel, RmtForCausalLM
 from lrmt.training.build import build_model
 
 M, L = 4, 48
 
 
 @pytest.fixture(scope="module")
-def copier(backbones, tmp_path_factory):
-    """An adapter whose backbone says what it is given: no layer adds anything, so that a memory lasts for ever. And its tokenizer."""
+def copiers(backbones, tmp_path_factory):
+    """Adapters, without `--memory_shift` and with it, whose backbone says what it is given: no layer adds anything, so that a memory
+    lasts for ever, and a token looks at what is the same. And their tokenizer.
+    """
     folder = tmp_path_factory.mktemp("copier")
     tokenizer = AutoTokenizer.from_pretrained(backbones["llama"])
     config = LlamaConfig(
@@ -31,6 +33,8 @@ def copier(backbones, tmp_path_factory):
     backbone = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         layer = backbone.model.layers[0]
+        layer.self_attn.q_proj.weight.copy_(2 * torch.eye(64))
+        layer.self_attn.k_proj.weight.copy_(2 * torch.eye(64))
         layer.self_attn.o_proj.weight.zero_()
         layer.mlp.down_proj.weight.zero_()
         backbone.model.embed_tokens.weight.normal_()
@@ -39,13 +43,21 @@ def copier(backbones, tmp_path_factory):
     arguments = ModelArguments(
         model_name_or_path=str(folder / "backbone"), lora_r=2, load_in_4bit=False, dtype="float32"
     )
-    model = build_model(
-        RmtForCausalLM,
-        arguments,
-        {"num_memory_tokens": M, "segment_length": L, "memory_handover": "tokens"},
-    )
-    save_adapter(model, folder / "adapter", tokenizer)
-    return folder / "adapter", tokenizer
+    settings = {"num_memory_tokens": M, "segment_length": L, "memory_handover": "tokens"}
+    for shift in (False, True):
+        model = build_model(RmtForCausalLM, arguments, settings | {"memory_shift": shift})
+        save_adapter(model, folder / f"adapter-{shift}", tokenizer)
+    return [folder / f"adapter-{shift}" for shift in (False, True)], tokenizer
+
+
+@pytest.fixture(scope="module")
+def copier(copiers):
+    return copiers[0][0], copiers[1]
+
+
+@pytest.fixture(scope="module")
+def shifting(copiers):
+    return copiers[0][1], copiers[1]
 
 
 def plant(monkeypatch, vectors: dict):
@@ -111,6 +123,45 @@ def test_a_fact_that_is_lost_is_named_with_its_segment(copier, text, tmp_path, m
     assert all(len(part["looked"]) == M for part in written["answer"])
 
 
+def test_with_a_shift_a_fact_is_lost_when_its_last_vector_drops_out(shifting, text, tmp_path, monkeypatch, capsys):
+    """Each segment says what it reads, one place on: the note's last token is read by one segment more, and said to none."""
+    adapter, tokenizer = shifting
+    embeddings = lrmt.load(adapter).get_input_embeddings().weight.detach()
+    note = tokenizer(" 48", add_special_tokens=False).input_ids
+    plant(monkeypatch, {2: embeddings[[*note, 1]], 7: embeddings[[1, *note]]})
+    command = ["inspect", "--adapter_path", adapter, "--input", text, "--output_dir", tmp_path / "out"]
+    assert main([*map(str, command), "--note", "48", "48 and more", "--max_new_tokens", "1"]) == 0
+    out = capsys.readouterr().out
+    told = json.loads((tmp_path / "out" / "memory.json").read_text())
+    assert "note '48': said first after segment 3, lost in segment 4\n" in out
+    assert told["notes"][1]["said"] == [[3, 3]]  # of a longer one as many tokens as can be said
+    says = [[vector["says"] for vector in segment["vectors"]] for segment in told["segments"]]
+    first, *rest = [tokenizer.decode([token]) for token in note]
+    assert says[2] == [None, first, *rest]
+    assert says[3][2:] == [first, rest[0]] and told["segments"][3]["lost"] == [rest[1]]
+    assert all(segment["vectors"][0] == {"says": None, "probability": 0, "looked": []} for segment in told["segments"])
+    (line,) = [line for line in out.splitlines() if line.split()[:1] == ["3"]]
+    assert line.split("   ")[-2].startswith(f"-  {first!r} 100  {rest[0]!r} 100")
+
+
+def test_with_a_shift_the_answer_looks_at_the_vector_that_says_the_word(shifting, text, tmp_path, monkeypatch, capsys):
+    adapter, tokenizer = shifting
+    embeddings = lrmt.load(adapter).get_input_embeddings().weight.detach()
+    words = tokenizer(" 48", add_special_tokens=False).input_ids
+    count = len(tokenizer(" " + text.read_text().strip(), add_special_tokens=False).input_ids) // L
+    command = ["inspect", "--adapter_path", adapter, "--input", text, "--output_dir", tmp_path / "out"]
+    for place, word in enumerate(words[1:], start=3):  # the last token of the question looks at its like
+        plant(monkeypatch, {count - 1: embeddings[[*words, 1]]})
+        question = ["--question", f"What? {tokenizer.decode([word])}", "--max_new_tokens", "1", "--overwrite"]
+        assert main([*map(str, command), *question]) == 0
+        told = json.loads((tmp_path / "out" / "memory.json").read_text())
+        (looked,) = [answered["looked"] for answered in told["answer"]]
+        assert len(told["segments"]) == count and looked.index(max(looked)) == place - 1
+        assert told["segments"][-1]["vectors"][place - 1]["says"] == tokenizer.decode([word])
+        line = capsys.readouterr().out.split("how each answer token looked")[1].splitlines()[1]
+        assert line.split("   ")[2].startswith(f"{place}: ")
+
+
 @pytest.mark.parametrize("shift", [False, True])
 @pytest.mark.parametrize("handover", ["identity", "tokens"])
 def test_what_is_recorded_equals_the_same_computed_plainly(backbones, handover, shift):
@@ -125,7 +176,6 @@ def test_what_is_recorded_equals_the_same_computed_plainly(backbones, handover, 
         model(ids[:, :3], state=state, logits_to_keep=1)
     torch.testing.assert_close(state.memory, quiet.memory)
     assert model.backbone.config._attn_implementation == "sdpa"
-    assert model.recording is not None
     model.read(ids)
     assert len(told.written) == 3  # what comes later is not recorded
 
@@ -137,9 +187,17 @@ def test_what_is_recorded_equals_the_same_computed_plainly(backbones, handover, 
         logits = plain.get_output_embeddings()(out.last_hidden_state[:, -M:])
         shares = sum(layer.mean(1) for layer in out.attentions) / len(out.attentions)
         written = told.written[s]
-        assert written.ids.tolist() == logits.argmax(-1).tolist()
-        torch.testing.assert_close(written.probability, logits.softmax(-1).amax(-1))
-        torch.testing.assert_close(written.looked, shares[:, -M:, M : M + L])
+        becomes, wrote = (
+            slice(shift, None),
+            slice(0, M - shift),
+        )  # a position writes the vector at its place, or the next
+        assert written.ids[:, becomes].tolist() == logits.argmax(-1)[:, wrote].tolist()
+        torch.testing.assert_close(written.probability[:, becomes], logits.softmax(-1).amax(-1)[:, wrote])
+        torch.testing.assert_close(written.looked[:, becomes], shares[:, -M:, M : M + L][:, wrote])
+        if shift:
+            assert (int(written.ids[0, 0]), float(written.probability[0, 0])) == (-1, 0)
+            assert not written.looked[:, 0].any()
+            torch.testing.assert_close(memory[:, 0], model.start(1)[:, 0])  # and so it is of each later memory
         memory = model._segment(
             type(model._grid(ids, None, None, None)[0])(ids[:, s * L : (s + 1) * L], None, None), memory
         )[1]
@@ -223,7 +281,108 @@ def test_a_text_or_a_sample_but_not_both_nor_none(copier, text, tmp_path, capsys
     assert not (tmp_path / "out").exists()
 
 
+class ToyConfig(RecurrentConfig):
+    model_type = "toy"
+
+
+class Toy(RecurrentModel):
+    """A memory that starts from M vectors."""
+
+    config_class = ToyConfig
+    memory_modules = ["first_memory"]
+
+    def __init__(self, config, backbone=None):
+        super().__init__(config, backbone)
+        self.first_memory = self.make_embedding(M, lambda weight, embeddings: weight.copy_(embeddings[:M]))
+        self.finish()
+
+    def start(self, batch_size):
+        return self.first_memory.weight.expand(batch_size, -1, -1)
+
+
+class SuffixOnly(Toy):
+    def suffix(self, memory):
+        return memory
+
+    def write(self, memory, output):
+        return output.after.clone()
+
+
+class PrefixOnly(Toy):
+    def prefix(self, memory):
+        return memory
+
+    def write(self, memory, output):
+        return output.tokens[:, -M:].clone()
+
+
+class Growing(SuffixOnly):
+    def prefix(self, memory):
+        return memory
+
+    def write(self, memory, output):
+        return torch.cat([output.after, output.tokens.mean(1, keepdim=True)], dim=1)
+
+
+@pytest.mark.parametrize(
+    ("method", "vectors", "looked", "files"),
+    [
+        (SuffixOnly, [M] * 3, [0] * 5, {"memory.json", "memory.png"}),
+        (PrefixOnly, [], [M] * 5, {"memory.json", "attention.png"}),
+        (Growing, [M, M + 1, M + 2], [M + 2] * 3 + [M + 3] * 2, {"memory.json", "memory.png", "attention.png"}),
+    ],
+)
+def test_any_recurrent_memory_is_told(backbones, capsys, method, vectors, looked, files):
+    """Whatever stands before the tokens or after them, and however many; the third segment ends within the answer."""
+    tokenizer = AutoTokenizer.from_pretrained(backbones["llama"])
+    backbone = AutoModelForCausalLM.from_pretrained(backbones["llama"])
+    model = method.from_backbone(backbone, segment_length=L).eval()
+    ids = torch.randint(5, 200, (3 * L - 3,), generator=torch.Generator().manual_seed(0)).tolist()
+    answer, told = answer_and_record(model, tokenizer, ids, [7], 5)
+    written = tell_memory(told, [*ids, 7, *answer], answer, tokenizer, ["48"], 3)
+    out = capsys.readouterr().out
+    assert written.keys() == files
+    assert all(content.startswith(b"\x89PNG") for name, content in written.items() if name.endswith("png"))
+    told = json.loads(written["memory.json"])
+    assert [len(segment["vectors"]) for segment in told["segments"]] == vectors
+    assert [len(part["looked"]) for part in told["answer"]] == looked
+    assert ("this memory is not made of vectors" in out) == (not vectors)
+    assert ("note '48': never said" in out) == bool(vectors)
+    assert ("how each answer token looked at the memory" in out) == any(looked)
+
+
+def test_a_text_of_one_segment_has_no_memory_and_is_told_so(copier, tmp_path, capsys):
+    adapter, tokenizer = copier
+    (tmp_path / "text.txt").write_text(" the" * L)
+    command = ["inspect", "--adapter_path", adapter, "--input", tmp_path / "text.txt", "--output_dir", tmp_path / "out"]
+    assert main([*map(str, command), "--max_new_tokens", "1"]) == 0
+    assert f"nothing was written to memory: the text, {L} tokens, is but one segment" in capsys.readouterr().out
+    told = json.loads((tmp_path / "out" / "memory.json").read_text())
+    assert told["segments"] == [] and [len(part["looked"]) for part in told["answer"]] == [M]
+    assert main([*map(str, command), "--max_new_tokens", "2", "--overwrite"]) == 0
+    assert "nothing was written" not in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "out" / "memory.json").read_text())["segments"]) == 1
+
+
+def test_files_of_an_older_inspection_go(copier, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    mine = {"memory.json", "attention.png"}
+    for name in mine | {"memory.png", "retrieval.json", "retrieval.png", "thesis.txt"}:
+        (out / name).write_text("old")
+    (tmp_path / "text.txt").write_text(" the" * L)
+    command = ["inspect", "--adapter_path", copier[0], "--input", tmp_path / "text.txt", "--output_dir", out]
+    assert main([*map(str, command), "--max_new_tokens", "1", "--overwrite"]) == 0
+    assert {path.name: path.read_bytes() == b"old" for path in out.iterdir()} == {
+        "thesis.txt": True,
+        **dict.fromkeys(mine, False),
+    }
+
+
 def test_what_moves_is_neither_gained_nor_lost():
+    assert changes([1, 2, 3, 4], [3, 4, 1, 2]) == ([], [])
+    assert changes([1, 2, 3, 4], [5, 4, 6, 1, 2, 3]) == ([[5], [6]], [])
+    assert changes([1, 2, 1], [2, 1, 3]) == ([[3]], [[1]])
     assert changes([None, 7, 8, None], [7, 8, None, None]) == ([], [])
     assert changes([1, 2, 3, 4], [5, 6, 1, 2]) == ([[5, 6]], [[3, 4]])
     assert changes([1, 2, 3], [1, None, 3]) == ([], [[2]])
@@ -236,6 +395,23 @@ def test_a_note_longer_than_the_memory_is_followed_as_far_as_it_fits(copier):
     told = follow("12345", [[None] * M, ids[:M], ids[:M]], tokenizer)
     assert told["said"] == [[2, 3]]
     assert format_note(told) == "note '12345': said first after segment 2, kept to the end"
+
+
+def test_a_line_tells_of_several_segments_what_is_true_of_all():
+    def segment(number, *vectors, gained=()):
+        told = [{"says": says, "probability": probability, "looked": []} for says, probability in vectors]
+        return {"segment": number, "gained": list(gained), "lost": [], "vectors": told}
+
+    segments = [
+        segment(1, ("a", 0.9), ("x", 0.3), ("z", 0.2), gained=["a"]),
+        segment(2, ("a", 0.7), ("y", 0.1), ("z", 0.4)),
+        segment(3, ("z", 0.1), ("a", 0.9), (None, 0.0)),  # moved: neither gained nor lost
+        segment(4, ("z", 0.2), ("a", 0.8), (None, 0.0)),
+    ]
+    assert [line.split(maxsplit=1) for line in format_segments(segments).splitlines()[1:]] == [
+        ["1-2", "'a' 70  -  'z' 20   +'a'"],
+        ["3-4", "'z' 10  'a' 80  -"],
+    ]
 
 
 @pytest.mark.parametrize("alignment", ["left", "right"])
