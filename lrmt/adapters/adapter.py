@@ -14,7 +14,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 
 import lrmt
-from lrmt.adapters.backbone import backbone_fingerprint, check_complete, load_backbone, load_tokenizer
+from lrmt.adapters.backbone import backbone_fingerprint, check_complete, computes_bf16, load_backbone, load_tokenizer
 from lrmt.adapters.find import check_whole, find_adapter, find_backbone, is_adapter
 from lrmt.errors import TrainingFault, UsageError, one_line
 from lrmt.files import filling
@@ -43,7 +43,8 @@ def load(
 
     Args:
         path_or_hub_id: folder or Hub id. load_in_4bit: quantise the backbone (default: as the adapter was trained).
-        dtype: of the backbone (default: as the adapter was trained). model_name_or_path: another place of the backbone.
+        dtype: of the backbone (default: as the adapter was trained, but float32 for bfloat16 on a CPU that only imitates it, many times
+            slower). model_name_or_path: another place of the backbone.
         device_map: where the weights go, as transformers takes it (default: the CPU).
         reading: the method's `reading_settings` to be changed, for landmark attention `top_k`, `retrieval`, `offload_blocks`.
 
@@ -122,6 +123,8 @@ def _open_backbone(path, config, load_in_4bit, dtype, name, device_map) -> PreTr
     if dtype is None:
         stored = config.backbone_config.dtype or (torch.bfloat16 if quantised else torch.float32)
         dtype = getattr(torch, stored) if isinstance(stored, str) else stored
+        if dtype == torch.bfloat16 and device_map in (None, "cpu", {"": "cpu"}) and not computes_bf16():
+            dtype = torch.float32
     quantization_config = None
     if quantised:
         quantization_config = BitsAndBytesConfig(

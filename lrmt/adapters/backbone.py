@@ -239,6 +239,13 @@ def copy_dequantised_(backbone: nn.Module, packed: nn.Module) -> None:
         target.weight.data = (values.T if isinstance(target, Conv1D) else values).to(target.weight).contiguous()
 
 
+def computes_bf16() -> bool:
+    """Whether the CPU has instructions for bfloat16; True also where that cannot be told."""
+    tell = getattr(torch.cpu, "get_capabilities", dict)
+    able = [can for name, can in tell().items() if name in ("avx512_bf16", "amx_bf16")]
+    return any(able) or not able
+
+
 def dequantise_(backbone: PreTrainedModel, dtype: torch.dtype) -> None:
     """Puts full layers in place of 4-bit ones, with the values that these compute with."""
     config = copy.deepcopy(backbone.config)

@@ -344,6 +344,17 @@ def test_an_adapter_that_lacks_a_tensor(tmp_path, name):
         lrmt.load(folder)
 
 
+@pytest.mark.parametrize("able", [True, False])
+def test_bf16_where_the_cpu_computes_in_it(tmp_path, monkeypatch, able):
+    monkeypatch.setattr("lrmt.adapters.adapter.computes_bf16", lambda: able)
+    folder = shutil.copytree(ASSETS / "rmt-qa1", tmp_path / "adapter")
+    config = json.loads((folder / "config.json").read_text())
+    config["backbone_config"]["dtype"] = "bfloat16"
+    (folder / "config.json").write_text(json.dumps(config))
+    assert lrmt.load(folder).get_input_embeddings().weight.dtype == (torch.bfloat16 if able else torch.float32)
+    assert lrmt.load(folder, dtype="bfloat16").get_input_embeddings().weight.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("dtype", ["int8", "none_such", "save"])
 def test_dtypes_that_nothing_computes_in(dtype):
     with pytest.raises(UsageError, match=f"`dtype` must be bfloat16, float32 or float16; got {dtype}"):
