@@ -167,7 +167,7 @@ def test_the_shipped_adapter_remembers(official, tmp_path, monkeypatch):
     assert accuracy["rmt"] > accuracy["backbone"] + 0.15
 
 
-@pytest.mark.parametrize(("name", "size"), [("rmt-qa1", 1), ("smollm2-passkey", 12)])
+@pytest.mark.parametrize(("name", "size"), [("rmt-qa1", 1), ("smollm2-passkey", 12), ("smollm2-babilong", 12)])
 def test_shipped_adapters_are_small_and_tell_no_paths(name, size):
     folder = ASSETS / name
     assert sum(file.stat().st_size for file in folder.iterdir()) < size * 2**20
