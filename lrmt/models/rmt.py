@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from lrmt.errors import UsageError
@@ -21,7 +22,8 @@ class RmtConfig(RecurrentConfig):
     num_memory_tokens: int = flag(16, "Memory tokens m that carry the past.")
     memory_positions: bool = flag(
         False,
-        "Add to what is handed over trained vectors, one for each place of the memory: each knows which it is, whatever it says.",
+        "Add trained vectors to the memory, M_0 and what is handed over alike, one for each place: each vector knows which it is, "
+        "whatever it says.",
     )
 
     def __post_init__(self, **kwargs):
@@ -82,7 +84,10 @@ class RmtForCausalLM(RecurrentModel):
             config.num_memory_tokens, lambda weight, embeddings: nn.init.normal_(weight, std=float(embeddings.std()))
         )
         if config.memory_positions:
-            self.memory_positions = self.make_embedding(config.num_memory_tokens, lambda weight, _: weight.zero_())
+            self.memory_positions = self.make_embedding(
+                config.num_memory_tokens,
+                lambda weight, embeddings: nn.init.normal_(weight, std=0.3 * float(embeddings.std())),
+            )
             self.memory_modules = [*self.memory_modules, "memory_positions"]
         self.finish()
 
@@ -91,7 +96,10 @@ class RmtForCausalLM(RecurrentModel):
         return [*super().trained_modules(settings), *["memory_positions"] * bool(settings.get("memory_positions"))]
 
     def start(self, batch_size: int) -> Tensor:
-        memory = self._rows(self.memory_embedding, self.get_input_embeddings().weight.dtype)
+        dtype = self.get_input_embeddings().weight.dtype
+        memory = self._rows(self.memory_embedding, dtype)
+        if self.config.memory_positions:
+            memory = memory + self._rows(self.memory_positions, dtype)
         return memory.expand(batch_size, -1, -1)
 
     @torch.no_grad()
@@ -111,9 +119,12 @@ class RmtForCausalLM(RecurrentModel):
         return memory
 
     def write(self, memory: Tensor, output: SegmentOutput) -> Tensor:
-        if self.config.memory_positions:
-            return output.after + self._rows(self.memory_positions, output.after.dtype)
-        return output.after.clone()  # a view would keep the hidden states of the whole segment alive
+        if not self.config.memory_positions:
+            return output.after.clone()  # a view would keep the hidden states of the whole segment alive
+        added = self._rows(self.memory_positions, output.after.dtype)
+        if self.config.memory_shift:  # the first vector is M_0's, to which its place is added already
+            added = F.pad(added[1:], (0, 0, 1, 0))
+        return output.after + added
 
     def _rows(self, table: nn.Embedding, dtype: torch.dtype) -> Tensor:
         """All of a table `[m, d]`, by a module call, so that ZeRO-3 gathers the weight."""

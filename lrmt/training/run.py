@@ -88,7 +88,10 @@ def train(
         told = model.get_base_model().fit(lambda: draw_texts(tokenizer))
         if told and this_rank().is_main_process:
             print(told)
-        if any(curriculum_args.notes_weight) and (first := tasks["train"].first_note):
+        first = tasks["train"].first_note
+        if any(curriculum_args.notes_weight) and (
+            first or settings.get("memory_positions")
+        ):  # which tell equal vectors apart
             model.get_base_model().begin_with(spell([first], Pieces(tokenizer), config.note_length)[0][0])
     trainer = LongContextTrainer(
         model,

@@ -112,6 +112,14 @@ def test_the_memory_of_stories_begins_with_nobody_anywhere(train_small, fp32_fla
     assert torch.equal(model.start(1)[0], model.get_input_embeddings()(said))
 
 
+def test_with_positions_the_memory_begins_with_nothing_said(train_small, fp32_flags, pieces):
+    flags = [*fp32_flags, *NOTES, "--memory_positions", "true", "--memory_shift", "true", "--stage_max_steps", "1"]
+    model = train_small(*flags, "--learning_rate", "0").model.get_base_model()
+    end = model.get_input_embeddings()(torch.tensor(pieces.tokenizer.eos_token_id))
+    places = model.memory_positions(torch.arange(model.config.num_memory_tokens))
+    torch.testing.assert_close(model.start(1)[0, 1:], places[1:] + end)
+
+
 def test_a_landmark_model_takes_no_notes(run_recipe, backbones, tmp_path):
     flags = ["--model_name_or_path", backbones["llama"], "--notes_weight", "1", "--context_length", "112"]
     flags += ["--block_length", "16", "--num_digits", "2", "--output_dir", tmp_path / "run"]
