@@ -135,6 +135,7 @@ VARIANTS = {  # what depends on --steps is a function of them
     "neither passing nor noise": {"state_passing": 0, "memory_noise": 0},
     "the paper's, answers alone": _PAPER,
     "places of their own": {"memory_positions": True},
+    "places, twice the notes": {"memory_positions": True, "notes_weight": 2},
     "one jump, 2 to 5": {"curriculum_stages": [2, 5], "stage_max_steps": lambda steps: [steps[0], sum(steps[1:])]},
     "batches of 16, half the steps": {
         "per_device_train_batch_size": 16,

@@ -85,7 +85,9 @@ class LongContextModel(PreTrainedModel, GenerationMixin):
         return ""
 
     def begin_with(self, said: Tensor) -> None:
-        """Called once before training with notes: ids `[note_length]` that the memory should say before anything is read."""
+        """Called once before training with notes: ids `[note_length]` that the memory should say before anything is read, -100
+        where it is free.
+        """
 
     def on_progress(self, share: float) -> None:
         """Told at every training step: how far the curriculum is, 0 in its first stage, 1 in its last."""

@@ -11,6 +11,7 @@ from lrmt.errors import UsageError
 from lrmt.flags import flag
 from lrmt.models.config import Activations, RecurrentConfig
 from lrmt.models.recurrent import RecurrentModel, SegmentOutput
+from lrmt.models.scoring import IGNORED
 from lrmt.models.weights import gathered
 
 
@@ -108,9 +109,9 @@ class RmtForCausalLM(RecurrentModel):
         embed = self.get_input_embeddings()
         tables = [part for part in self.memory_embedding.modules() if isinstance(part, nn.Embedding)]  # PEFT keeps two
         with gathered(embed.weight, *(table.weight for table in tables), written=True):
-            said = embed(said.to(embed.weight.device))
+            told = embed(said[said != IGNORED].to(embed.weight.device))
             for table in tables:
-                table.weight[self.config.memory_shift :] = said.to(table.weight.dtype)
+                table.weight[self.config.memory_shift :][: len(told)] = told.to(table.weight.dtype)
 
     def prefix(self, memory: Tensor) -> Tensor:
         return memory

@@ -17,13 +17,14 @@ SINCE = ("0", "1", "2_3", "4_7", "8_15", "16_up")  #: hand-overs since a note wa
 
 
 def spell(notes: Sequence[str], pieces: Pieces, size: int) -> tuple[Tensor, bool]:
-    """Ids `[N, size]` of notes, and whether one was cut. Behind its end there is EOS and nothing else: else the memory would be free to
-    make up more, which later segments could not tell from what was read.
+    """Ids `[N, size]` of notes, and whether one was cut. Each ends in EOS: else the memory would be free to make up more, which later
+    segments could not tell from what was read. Behind EOS it is free: half a sentence at the end of a segment has to go somewhere.
     """
-    ids = torch.full((len(notes), size), pieces.tokenizer.eos_token_id, dtype=torch.long)
+    ids = torch.full((len(notes), size), IGNORED, dtype=torch.long)
     said = [told if note else told[:0] for note, told in zip(notes, pieces.encode(notes), strict=True)]
     for row, told in zip(ids, said, strict=True):
-        row[: len(told)] = torch.from_numpy(told[:size])
+        told = np.append(told, pieces.tokenizer.eos_token_id)[:size]
+        row[: len(told)] = torch.from_numpy(told)
     return ids, any(len(told) > size for told in said)
 
 
