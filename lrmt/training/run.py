@@ -88,11 +88,9 @@ def train(
         told = model.get_base_model().fit(lambda: draw_texts(tokenizer))
         if told and this_rank().is_main_process:
             print(told)
-        first = tasks["train"].first_note
-        if any(curriculum_args.notes_weight) and (
-            first or settings.get("memory_positions")
-        ):  # which tell equal vectors apart
-            model.get_base_model().begin_with(spell([first], Pieces(tokenizer), config.note_length)[0][0])
+        if any(curriculum_args.notes_weight):
+            first, _ = spell([tasks["train"].first_note], Pieces(tokenizer), config.note_length)
+            model.get_base_model().begin_with(first[0])
     trainer = LongContextTrainer(
         model,
         training_args,

@@ -338,9 +338,12 @@ def test_what_all_rows_begin_from_hangs_on_the_first_memory_all_the_same():
 def test_the_memory_begins_with_what_it_should_say(shift):
     model = build(memory_handover="tokens", memory_shift=shift)
     before, embed = model.memory_embedding.weight.clone(), model.get_input_embeddings().weight
-    model.begin_with(torch.arange(5, 5 + model.config.note_length))
+    free = model.config.note_length - 2
+    model.begin_with(torch.tensor([5, 3, *[-100] * free]))
     now = model.memory_embedding.weight
-    assert torch.equal(now[shift:], embed[5 : 5 + MEMORY - shift]) and torch.equal(now[:shift], before[:shift])
+    assert torch.equal(now[shift : shift + 2], embed[[5, 3]])
+    others = [place for place in range(MEMORY) if place not in range(shift, shift + 2)]
+    assert torch.equal(now[others], before[others])
 
 
 def test_a_shifted_memory_of_one_token_is_refused():

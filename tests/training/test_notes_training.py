@@ -108,8 +108,8 @@ def test_the_memory_of_stories_begins_with_nobody_anywhere(train_small, fp32_fla
     flags = [*fp32_flags, *NOTES, "--task", "passkey,qa1", "--segment_length", "128", "--stage_max_steps", "1"]
     trainer = train_small(*flags, "--num_memory_tokens", "24", "--learning_rate", "0")
     model, said = trainer.model.get_base_model(), pieces("Daniel now John now Mary now Sandra now")
-    said = torch.tensor([*said, *[pieces.tokenizer.eos_token_id] * 24])[:24]
-    assert torch.equal(model.start(1)[0], model.get_input_embeddings()(said))
+    said = torch.tensor([*said, pieces.tokenizer.eos_token_id])
+    assert torch.equal(model.start(1)[0, : len(said)], model.get_input_embeddings()(said))
 
 
 def test_with_positions_the_memory_begins_with_nothing_said(train_small, fp32_flags, pieces):
@@ -117,7 +117,7 @@ def test_with_positions_the_memory_begins_with_nothing_said(train_small, fp32_fl
     model = train_small(*flags, "--learning_rate", "0").model.get_base_model()
     end = model.get_input_embeddings()(torch.tensor(pieces.tokenizer.eos_token_id))
     places = model.memory_positions(torch.arange(model.config.num_memory_tokens))
-    torch.testing.assert_close(model.start(1)[0, 1:], places[1:] + end)
+    torch.testing.assert_close(model.start(1)[0, 1], places[1] + end)
 
 
 def test_a_landmark_model_takes_no_notes(run_recipe, backbones, tmp_path):
@@ -146,8 +146,11 @@ def test_notes_are_laid_out_and_cut(pieces):
     notes, cut = collate_notes([example((5, "kitchen"), (9, "garden kitchen hallway")), example()], pieces, 8)
     kitchen, end = pieces("kitchen").tolist(), pieces.tokenizer.eos_token_id
     assert notes.ids.shape == (2, 3, 8) and notes.ends[0].tolist() == [0, 5, 9]
-    assert notes.ids[0, 0].tolist() == 8 * [end]  # before anything is told there is nothing to say, and that is said
-    assert notes.ids[0, 1].tolist() == [*kitchen, *[end] * (8 - len(kitchen))]
+    assert notes.ids[0, 0].tolist() == [
+        end,
+        *[-100] * 7,
+    ]  # before anything is told there is nothing to say, and that is said
+    assert notes.ids[0, 1].tolist() == [*kitchen, end, *[-100] * (7 - len(kitchen))]
     assert bool((notes.ids[1] == -100).all()) and int(notes.ends[1, 0]) > 10**12
     assert not cut and collate_notes([example((1, "garden kitchen hallway"))], pieces, 1)[1]
     assert not collate_notes([example((1, "kitchen"))], pieces, len(kitchen))[1]  # the end alone does not fit any more
@@ -157,7 +160,7 @@ def test_notes_are_laid_out_and_cut(pieces):
 
 def test_a_note_may_become_empty_again(pieces):
     notes, _ = collate_notes([example((5, "kitchen"), (9, ""))], pieces, 3)
-    assert notes.ids[0, 2].tolist() == 3 * [pieces.tokenizer.eos_token_id]
+    assert notes.ids[0, 2].tolist() == [pieces.tokenizer.eos_token_id, -100, -100]
 
 
 def test_the_meter_tells_by_age():
