@@ -30,7 +30,8 @@ STAGE_STEPS, SAVED_STEP = (10, 6), 12
 CURRICULUM = (
     f"--curriculum_stages 1 3 --stage_max_steps {STAGE_STEPS[0]} {STAGE_STEPS[1]} --promotion_accuracy 1.0 "
     f"--eval_samples 16 --eval_steps 10 --logging_steps 1 --save_steps {SAVED_STEP} --checkpoint_segments true "
-    "--dtype bfloat16 --bf16 true --stage_lr_decay 1.0 --memory_noise 0 --state_passing 0 --memory_handover aligned --notes_weight 1 0.5"
+    "--dtype bfloat16 --bf16 true --stage_lr_decay 1.0 --memory_noise 0 --state_passing 0 --memory_handover aligned --notes_weight 1 0.5 "
+    "--memory_positions true"
 ).split()
 
 
@@ -116,7 +117,7 @@ def test_one_dtype_is_gathered(sharded, single):
     assert {p["dtype"] for p in parameters.values()} == {torch.bfloat16}  # 4-bit storage and trainables alike
     trains = {name for name, p in parameters.items() if p["trains"]}
     assert trains == {name for name, p in single.model.named_parameters() if p.requires_grad}
-    assert all("lora_" in name or "memory_embedding" in name for name in trains)
+    assert all(any(part in name for part in ("lora_", "memory_embedding", "memory_positions")) for name in trains)
 
 
 def test_loss_curve_equals_one_process(sharded, single):
@@ -250,7 +251,7 @@ def test_zero2_accumulates(backbone, tmp_path):
 
 def test_a_step_takes_one_collective(sharded):
     """Of the loss and the next step's number of segments; a promotion, which changes the length, takes one more."""
-    first, stages, evaluation = [2], [[3] * (steps - 1) for steps in STAGE_STEPS], [3 + 13]  # with the notes' own
+    first, stages, evaluation = [2], [[3] * (steps - 1) for steps in STAGE_STEPS], [3 + 14]  # with the notes' own
     promoted = [*first, *stages[0], 3, *evaluation, *first, *stages[1], 1, *evaluation]
     by_chance = [*first, *stages[0], 3, *evaluation, *stages[1], 1, *evaluation]  # drawn in both stages
     for record in sharded[1]:
