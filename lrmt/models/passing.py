@@ -36,9 +36,10 @@ class Passed:
         if notes is not None:
             said = torch.full_like(notes.ids[:, 0], IGNORED) if self.said is None else self.said
             here = taken.to(said.device)[:, None]
-            own = torch.where(
-                (here & (notes.ends == 0))[..., None], said[:, None], notes.ids
-            )  # of what precedes the text
+            before = here & (
+                notes.ends == 0
+            )  # a text's own notes of before it are those of the text that is gone on from
+            own = torch.where(before[..., None], said[:, None], notes.ids)
             notes = Notes(torch.cat([said.masked_fill(~here, IGNORED)[:, None], own], dim=1), F.pad(notes.ends, (1, 0)))
         # whatever is drawn, what training starts from has a gradient: ranks must have the same
         return choose(taken.tolist(), self.memory, memory, whole=False), notes

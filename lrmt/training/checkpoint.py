@@ -16,7 +16,6 @@ from lrmt.training.curriculum import Curriculum
 
 #: written last into a checkpoint: one without it was cut off while being written
 POSITION_FILE = "curriculum.json"
-#: what checkpoints of before do not tell
 #: what older checkpoints do not say, and what they had; ...: as now
 JOINED_LATER = {"lora_dropout": ..., "use_rslora": ..., "use_dora": ...}
 JOINED_LATER |= {"memory_handover": "identity", "memory_shift": False, "state_passing": 0.0, "memory_positions": False}

@@ -39,10 +39,8 @@ def collate_notes(examples: Sequence[Example], pieces: Pieces, size: int) -> tup
     cut = False
     for row, notes in enumerate(told):
         said, longer = spell([note.text for note in notes], pieces, size)
-        ids[row, : len(notes)], ends[row, : len(notes)] = (
-            said,
-            torch.tensor([note.end for note in notes], dtype=torch.long),
-        )
+        ids[row, : len(notes)] = said
+        ends[row, : len(notes)] = torch.tensor([note.end for note in notes], dtype=torch.long)
         cut = cut or longer
     return Notes(ids, ends), cut
 
