@@ -39,7 +39,8 @@ def test_the_mean_is_a_mean_with_passed_memories_too(train_small, fp32_flags):
     with_notes, without = (train_small(*flags, "--state_passing", "1", "--notes_weight", w) for w in ("1", "1e-12"))
     losses, plain = logged(with_notes, "loss"), logged(without, "loss")
     told = logged(with_notes, "notes_loss")
-    # the same texts and, at a rate of 0, the same weights, for with notes, however little they weigh, M_0 begins with EOS: from the second stage on they begin from other texts' memories
+    # the same texts and, at a rate of 0, the same weights, for with notes M_0 begins with EOS:
+    # from the second stage on they begin from other texts' memories
     assert [a - b for a, b in zip(losses, plain, strict=True)] == pytest.approx(told, rel=1e-4)
 
 
