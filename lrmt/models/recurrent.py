@@ -131,7 +131,8 @@ class RecurrentModel(LongContextModel):
         kept = hidden.new_zeros(0, hidden.shape[-1]) if segment.wanted is None else tokens[segment.wanted]
         asked, says = segment.notes is not None, None
         if asked or self._record or self.config.memory_handover == "tokens":  # on every rank alike, notes or not
-            says = self.get_output_embeddings()(after.contiguous())  # of a view the head would be multiplied row by row
+            rows = after.flatten(0, 1)  # of a view `[B, k, d]` the head would be copied and multiplied row by row
+            says = self.get_output_embeddings()(rows).unflatten(0, after.shape[:2])
         shift = self.config.memory_shift and k > 0
         if self._record:
             written = Written.of(says, attention[:, n + width :, n : n + width].clone())

@@ -23,7 +23,7 @@ class Note(NamedTuple):
 class Example:
     """One tokenised sample: `prompt_ids` int64 [P] (context, question), `answer_ids` int64 [A] (answer, EOS).
 
-    `take_notes` makes its `notes`, only where they are asked for.
+    `take_notes` makes its `notes`, only where they are asked for; until the first of them `first_note` holds.
     """
 
     prompt_ids: np.ndarray
@@ -32,11 +32,13 @@ class Example:
     target: str
     task: str
     take_notes: Callable[[], Iterable[Note]] = tuple
+    first_note: str = ""
 
     @cached_property
     def notes(self) -> tuple[Note, ...]:
-        """What should be known along the way, each until the next."""
-        return tuple(self.take_notes())
+        """What should be known along the way, each until the next, from the beginning on; none at all where a task has none."""
+        notes = tuple(self.take_notes())
+        return (Note(0, self.first_note), *notes) if notes and notes[0].end > 0 else notes
 
 
 class Task(ABC):

@@ -112,9 +112,9 @@ class HaystackTask(Task):
         answer = self.pieces.answer(sample.answer)
 
         def take_notes():
-            return [Note(0, self.first_note), *map(Note, ends.tolist(), self.notes(sample))]
+            return map(Note, ends.tolist(), self.notes(sample))
 
-        return Example(prompt, answer, sample.question.strip(), sample.answer, self.name, take_notes)
+        return Example(prompt, answer, sample.question.strip(), sample.answer, self.name, take_notes, self.first_note)
 
     def row(self, index: int, length: int) -> Row:
         """Sample `index` as text whose input has exactly `length` tokens (0: facts alone), question and answer apart.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lrmt.models.notes import Notes, NotesScore
 from lrmt.models.scoring import IGNORED
-from lrmt.tasks.base import Example, Note, Pieces
+from lrmt.tasks.base import Example, Pieces
 
 NEVER = torch.iinfo(torch.long).max
 SINCE = ("0", "1", "2_3", "4_7", "8_15", "16_up")  #: hand-overs since a note was told, as they are logged
@@ -30,10 +30,7 @@ def spell(notes: Sequence[str], pieces: Pieces, size: int) -> tuple[Tensor, bool
 
 def collate_notes(examples: Sequence[Example], pieces: Pieces, size: int) -> tuple[Notes, bool]:
     """The notes of examples as ids, each cut to `size` tokens, and whether one was."""
-    told = [list(example.notes) for example in examples]
-    for notes in told:
-        if notes and notes[0].end > 0:
-            notes.insert(0, Note(0, ""))
+    told = [example.notes for example in examples]
     ids = torch.full((len(examples), max(1, *map(len, told)), size), IGNORED, dtype=torch.long)
     ends = torch.full(ids.shape[:2], NEVER, dtype=torch.long)
     cut = False
