@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from lrmt.tasks import babi
@@ -173,7 +174,27 @@ def test_shipped_adapters_are_small_and_tell_no_paths(name, size):
     assert sum(file.stat().st_size for file in folder.iterdir()) < size * 2**20
     for file in (folder / "arguments.yaml", folder / "config.json", folder / "adapter_config.json"):
         assert not re.search(r"""["' ]/\w""", file.read_text()), file.name
-    assert "Limits" in (folder / "README.md").read_text() or name == "rmt-qa1"
+
+
+@pytest.mark.parametrize("name", ["smollm2-passkey", "smollm2-babilong"])
+def test_cards_say_how_it_was_made_and_what_it_gives(name):
+    """As its settings do; every figure with its command."""
+    card = (ASSETS / name / "README.md").read_text()
+    settings = yaml.safe_load((ASSETS / name / "arguments.yaml").read_text())
+    assert all(f"\n## {heading}\n" in card for heading in ("Training", "Results", "Limits"))
+    training, results = card.split("## Training")[1].split("## Results")
+    recipe = re.search(r"recipes/configs/\w+\.yaml", training)[0]
+    assert "accelerate launch recipes/rmt_llama.py" in training and (ROOT / recipe).is_file()
+    assert f"seed {settings['seed']}" in training and "minutes" in training and "steps of" in training
+    assert f"lrmt evaluate --adapter_path {name}" in results and re.search(r"\| *\d+ *\| *\d[\d.]* *\|", results)
+
+
+def test_shipped_settings_are_the_recipes():
+    """But for where things lie."""
+    settings = yaml.safe_load((ASSETS / "smollm2-passkey" / "arguments.yaml").read_text())
+    recipe = yaml.safe_load((ROOT / "recipes" / "configs" / "rmt_smollm2_passkey.yaml").read_text())
+    assert {key: settings[key] for key in recipe if key in settings} == {k: v for k, v in recipe.items() if k in settings}
+    assert len(recipe.keys() - settings.keys()) < 5
 
 
 SMOLLM2 = pytest.mark.skipif(

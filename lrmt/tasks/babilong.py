@@ -59,9 +59,13 @@ class BabilongTask(HaystackTask):
             answers, questions = {s.answer for s in self.samples}, {s.question for s in self.samples}
             self.num_tokens = np.array([self.size(s, whole=True) for s in self.samples])
         self._check_segment(questions, answers)
-        self._cast, rooms = babi.find_cast(name, self.vocabulary, [s.facts for s in (self.samples or [])[:LOOKED_AT]])
-        self._short = self._shorten(" ".join([babi.first_note(self._cast), *rooms]).split())
-        self.first_note = self._short_note(babi.first_note(self._cast))
+        self.set_cast(*babi.find_cast(name, self.vocabulary, [s.facts for s in (self.samples or [])[:LOOKED_AT]]))
+
+    def set_cast(self, cast: Sequence[str], rooms: Sequence[str]) -> None:
+        """Who, and what, has a place in notes from the start, and the rooms where they can be."""
+        self.cast, self.rooms = cast, rooms
+        self._short = self._shorten(" ".join([babi.first_note(cast), *rooms]).split())
+        self.first_note = self._short_note(babi.first_note(cast))
 
     def num_examples(self, length: int) -> int | None:
         return None if self.samples is None else len(self._fits(length, True))
@@ -79,7 +83,7 @@ class BabilongTask(HaystackTask):
 
     def notes(self, sample: babi.BabiSample) -> Sequence[str]:
         try:
-            return [self._short_note(note) for note in babi.take_notes(sample.facts, self.name, self._cast)]
+            return [self._short_note(note) for note in babi.take_notes(sample.facts, self.name, self.cast)]
         except ValueError:  # files of the user's own making
             return super().notes(sample)
 

@@ -20,17 +20,25 @@ _OTHERS = {"passkey": PasskeyTask, "dataset": DatasetTask, "text": TextTask}
 
 
 class MixedTask(Task):
-    """Several tasks in one stream: each index draws its task uniformly."""
+    """Several tasks in one stream: each index draws its task uniformly. Before a text tells anything nobody can know of which task it
+    is, so notes of all begin alike, and those that say who is where have a place for whoever can be in any of them.
+    """
 
     def __init__(self, tasks: Sequence[Task], *, split: str, seed: int):
         self.tasks, self.split, self.seed = list(tasks), split, seed
         self.name = ",".join(task.name for task in tasks)
         self.max_new_tokens = max(task.max_new_tokens for task in tasks)
+        stories = [task for task in tasks if isinstance(task, BabilongTask) and task.cast]
+        cast = list(dict.fromkeys(name for task in stories for name in task.cast))
+        rooms = list(dict.fromkeys(name for task in stories for name in task.rooms))
+        for task in stories:
+            task.set_cast(cast, rooms)
         self.first_note = max((task.first_note for task in tasks), key=len)
 
     def example(self, index: int, length: int) -> Example:
         rng = derive_rng(self.seed, self.split, self.name, length, index)
-        return self.tasks[int(rng.integers(len(self.tasks)))].example(index, length)
+        example = self.tasks[int(rng.integers(len(self.tasks)))].example(index, length)
+        return replace(example, first_note=self.first_note)
 
 
 def build_task(

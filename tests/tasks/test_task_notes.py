@@ -142,6 +142,17 @@ def test_each_note_holds_from_the_end_of_what_it_is_of(tokenizer, task, question
         assert example.target in example.notes[-1].text.split()
 
 
+def test_notes_of_a_mixture_begin_alike(tokenizer):
+    """A memory cannot know which task a text is of before it tells anything."""
+    alone, mixed = (build_task(name, tokenizer, split="train") for name in ("qa2", "qa1,qa2,qa4,passkey"))
+    examples = [mixed.example(index, 600) for index in range(40)]
+    assert {e.task for e in examples} == {"qa1", "qa2", "qa4", "passkey"}
+    assert {e.notes[0] for e in examples} == {(0, alone.first_note)}
+    things = [e for e in examples if e.task in ("qa1", "qa2")]
+    assert all(e.notes[-1].text.split()[::2] == alone.first_note.split()[::2] for e in things)
+    assert all(e.notes[-1].text == e.target for e in examples if e.task == "passkey")
+
+
 def test_a_word_of_a_cast_is_one_token(tokenizer, tmp_path):
     """The first of a longer one, where that tells words apart."""
     made = build_task("qa1", tokenizer, split="train")
