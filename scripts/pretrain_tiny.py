@@ -12,7 +12,9 @@ away after training teach it early: linear probes predict, at each place and eac
 about, and at any token the two before it; and one layer's attention is pulled to the place that the answer can be
 copied from. The last steps run on weights rounded to NF4, and the saved weights lie on that grid, so that quantising
 them later changes next to nothing. With `--feedback_share` the model learns to read its own final hidden states in
-place of token embeddings, which is what recurrent memory will feed it: without, memory is learnt about half as fast.
+place of token embeddings, which is what the hand-overs `identity` and `scaled` will feed it: without, such memory is
+learnt about half as fast. The hand-over `tokens` feeds embeddings and needs none of it: SmolLM2, which was never
+trained so, forms memory as fast. The losses that are thrown away are for answering within a segment, whatever the memory.
 An interrupted run goes on from `<output_dir>.checkpoint.pt` when given the same command.
 """
 
