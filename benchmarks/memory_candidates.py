@@ -20,7 +20,7 @@ from common import QUIET, write_report
 from torch import nn
 
 from lrmt.cli import main as lrmt_command
-from lrmt.files import to_json, write_whole
+from lrmt.files import digest, to_json, write_whole
 from lrmt.models import METHODS, RmtConfig, RmtForCausalLM
 from lrmt.models.handover import HandOver
 from lrmt.training.recipe import run_recipe
@@ -71,9 +71,10 @@ class GatedForCausalLM(RmtForCausalLM):
         self.finish()
 
     def write(self, memory, output):
+        written = super().write(memory, output)
         old, new, bias = self.gate(torch.arange(3, device=memory.device))
-        share = (memory @ old + output.after @ new + bias.mean()).sigmoid()[..., None]
-        return memory + share * (output.after - memory)
+        share = (memory @ old + written @ new + bias.mean()).sigmoid()[..., None]
+        return memory + share * (written - memory)
 
 
 class MappedConfig(RmtConfig):
@@ -92,9 +93,11 @@ class MappedForCausalLM(RmtForCausalLM):
         self.memory_map = self.make_embedding(width, lambda weight, _: nn.init.eye_(weight))
         self.finish()
 
-    def start(self, batch_size):
-        memory = super().start(batch_size)
-        return memory @ self.memory_map(torch.arange(memory.shape[-1], device=memory.device))
+    def _rows(self, table, dtype):
+        rows = super()._rows(table, dtype)
+        if table is not self.memory_embedding:
+            return rows
+        return rows @ self.memory_map(torch.arange(rows.shape[-1], device=rows.device)).to(dtype)
 
 
 class VaryingConfig(RmtConfig):
@@ -122,7 +125,8 @@ TRIED = {
 # --- what is changed ---------------------------------------------------------------------------------------------------------
 
 _PAPER = {
-    "notes_weight": 0, "memory_handover": "identity", "memory_shift": False, "memory_positions": False, "state_passing": 0
+    "notes_weight": 0, "memory_handover": "identity", "memory_shift": False, "memory_positions": False, "state_passing": 0,
+    "memory_noise": 0,
 }  # fmt: skip
 VARIANTS = {  # what depends on --steps is a function of them
     "as the recipe": {},
@@ -157,11 +161,11 @@ def flags(settings: dict) -> list[str]:
 
 
 def training_of(variant: str, seed: int, steps: list[int]) -> dict:
-    """The settings of a run's training, beside those of the recipe."""
+    """The settings of a run's training, beside those of the recipe, which is told by its digest."""
     changed = {name: value(steps) if callable(value) else value for name, value in VARIANTS[variant].items()}
     return {
         "curriculum_stages": [2, 3, 5], "stage_max_steps": steps, "promotion_accuracy": 1.0, "eval_steps": 100_000,
-        "save_strategy": "no", "disable_tqdm": True, "seed": seed,
+        "save_strategy": "no", "disable_tqdm": True, "seed": seed, "recipe": digest(RECIPE.read_text()),
     } | changed  # fmt: skip
 
 
@@ -191,6 +195,7 @@ def run_one(variant: str, seed: int, args) -> None:
     if kept.get("training") != training:
         place.unlink(missing_ok=True)
         settings = training | {"output_dir": place.parent, "overwrite_output_dir": True}  # a kill leaves half a run
+        del settings["recipe"]
         method = settings.pop("method", "rmt")
         trainer = run_recipe(method, default_config=RECIPE, description=__doc__, args=flags(settings))
         kept = {"training": training, "stages": stage_ends(trainer.state.log_history)}

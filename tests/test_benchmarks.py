@@ -166,6 +166,7 @@ def test_methods_that_are_only_tried_train(name, monkeypatch):
         max_position_embeddings=64, use_cache=False,
     )  # fmt: skip
     settings = {"num_memory_tokens": MEMORY, "segment_length": LENGTH, "memory_handover": "tokens"}
+    settings |= {"memory_shift": True, "memory_positions": True}
     model = TRIED[name].from_backbone(LlamaForCausalLM(config).requires_grad_(False), **settings)
     ids = torch.randint(0, 40, (2, 4 * LENGTH))
     labels = ids.masked_fill(torch.arange(4 * LENGTH) < 4 * LENGTH - 2, -100)
@@ -173,6 +174,27 @@ def test_methods_that_are_only_tried_train(name, monkeypatch):
     trained = {kind: getattr(model, kind).weight.grad for kind in model.memory_modules}
     assert all(grad is not None and float(grad.abs().max()) > 0 for grad in trained.values())
     assert model.config.segment_length == LENGTH
+
+
+@pytest.mark.parametrize("name", ["rmt_gated", "rmt_mapped"])
+def test_one_thing_is_changed(name, monkeypatch):
+    """A gate that is open and a map that changes nothing are the plain method, positions and all."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from memory_candidates import TRIED
+
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=64, use_cache=False,
+    )  # fmt: skip
+    settings = {"num_memory_tokens": MEMORY, "segment_length": LENGTH, "memory_shift": True, "memory_positions": True}
+    backbone = LlamaForCausalLM(config)
+    plain, tried = (c.from_backbone(backbone, **settings).eval() for c in (RmtForCausalLM, TRIED[name]))
+    tried.load_state_dict(plain.state_dict(), strict=False)
+    if name == "rmt_gated":
+        torch.nn.init.constant_(tried.gate.weight[2], 50.0)
+    ids = torch.randint(0, 40, (2, 4 * LENGTH))
+    with torch.no_grad():
+        torch.testing.assert_close(tried(input_ids=ids).logits, plain(input_ids=ids).logits)
 
 
 def bytes_saved_for_backward(segments, checkpoint_segments):

@@ -23,7 +23,8 @@ FILLER = (
     "Here we go.",
     "There and back again.",
 )
-KEY = "The pass key is {key}. Remember it. {key} is the pass key."
+FIRST = "The pass key is {key}."
+KEY = FIRST + " Remember it. {key} is the pass key."
 QUESTION = "What is the pass key? The pass key is"
 LANDMARK_KEYS = 50_000  # the protocol's numbers are 1 to this one
 
@@ -66,7 +67,7 @@ class PasskeyTask(Task):
     def example(self, index: int, length: int) -> Example:
         rng = derive_rng(self.seed, self.split, self.name, length, index)
         key = str(rng.integers(*self.keys))
-        told, answer = self.pieces.encode([KEY.format(key=key), key])
+        told, first, answer = self.pieces.encode([KEY.format(key=key), FIRST.format(key=key), key])
         answer = np.append(answer, self.pieces.tokenizer.eos_token_id)
         needed = len(self.task_line) + len(told) + len(self.question) + len(answer)
         room = length - needed
@@ -79,5 +80,6 @@ class PasskeyTask(Task):
         before = int(rng.integers(latest + 1)) if self.depth is None else round(self.depth * room)
         filler = np.resize(self.filler, max(before, room - before))
         prompt = join([self.task_line, filler[:before], told, filler[: room - before], self.question])
-        note = Note(len(self.task_line) + before + len(told), key)
+        # once it was said, not twice: else a segment that ends in between would have to leave it to the next, which may not see it whole
+        note = Note(len(self.task_line) + before + len(first), key)
         return Example(prompt, answer, QUESTION, key, self.name, lambda: [note])

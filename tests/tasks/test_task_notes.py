@@ -142,6 +142,17 @@ def test_each_note_holds_from_the_end_of_what_it_is_of(tokenizer, task, question
         assert example.target in example.notes[-1].text.split()
 
 
+def test_a_pass_key_is_whole_on_one_side_of_any_cut(tokenizer):
+    """Where a segment ends before its note holds, the next one still says it all; where it ends behind, it has been said."""
+    made = build_task("passkey", tokenizer, split="train")
+    for index in range(20):
+        example = made.example(index, 300)
+        (_, note) = example.notes
+        read, rest = (tokenizer.decode(part) for part in (example.prompt_ids[: note.end], example.prompt_ids[note.end - 1 :]))
+        assert read.endswith(f"The pass key is {note.text}.") and f" {note.text} is the pass key." in rest
+        assert read.count(note.text) == 1
+
+
 def test_notes_of_a_mixture_begin_alike(tokenizer):
     """A memory cannot know which task a text is of before it tells anything."""
     alone, mixed = (build_task(name, tokenizer, split="train") for name in ("qa2", "qa1,qa2,qa4,passkey"))
