@@ -15,8 +15,8 @@ from lrmt.training.recipe import parse_recipe
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
 CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
-PUBLISHED = {
-    "num_memory_tokens": 16, "segment_length": 1024, "curriculum_stages": [1, 2, 4, 8, 16, 32], "lora_r": 8, "lora_alpha": 32,
+PUBLISHED = {  # but for the 16 memory tokens, into which the notes of qa3 do not fit
+    "segment_length": 1024, "curriculum_stages": [1, 2, 4, 8, 16, 32], "lora_r": 8, "lora_alpha": 32,
     "lora_dropout": 0.1, "learning_rate": 3e-4, "lr_scheduler_type": "linear", "warmup_steps": 0.1, "max_grad_norm": 1.0,
     "bf16": True, "dtype": "bfloat16", "load_in_4bit": True, "task": "qa1,qa2,qa3,qa4,qa5", "max_n_facts": 102,
 }  # fmt: skip
@@ -150,7 +150,7 @@ def test_dry_run_of_a_model_whose_weights_are_elsewhere(run_recipe, tmp_path, mo
     out = capsys.readouterr().out
     plan = plan_of(out)
     assert "1,235,814,400 parameters, nf4 4-bit" in out
-    assert (plan["lora"], plan["tensors"], plan["memory"]) == (5_636_096, 2 * 7 * 16, 2 * 16 * 2048)  # M_0 and positions
+    assert (plan["lora"], plan["tensors"], plan["memory"]) == (5_636_096, 2 * 7 * 16, 2 * 32 * 2048)  # M_0 and positions
     assert "up to 32 segments × 2000 steps" in out and "at most 12000 of batch 64" in out
     nf4, tied = 973_078_528 * 0.516, (1_235_814_400 - 973_078_528) * 2
     assert plan["gib"]["frozen backbone"] == pytest.approx((nf4 + tied) / 2**30, rel=0.01)

@@ -147,7 +147,9 @@ def _add_lora(model: LongContextModel, model_args: ModelArguments, settings: dic
 
 
 def _start_from(model: PeftModel, path_or_hub_id: str) -> None:
-    """Copies a trained adapter's LoRA and memory into a new one of the same method, backbone and shape."""
+    """Copies a trained adapter's LoRA and memory into a new one of the same method, backbone and shape, but that the memory may have
+    more vectors: those of the adapter come first.
+    """
     told, path = f"{INIT_FLAG} {path_or_hub_id}", find_adapter(path_or_hub_id, INIT_FLAG)
     check_whole(path, INIT_FLAG)
     if not is_adapter(path):
@@ -159,11 +161,16 @@ def _start_from(model: PeftModel, path_or_hub_id: str) -> None:
                 f"{told} has {name} {getattr(saved, name)}; this run has {getattr(config, name)}; they must agree"
             )
     weights = load_file(path / "adapter_model.safetensors")
-    mine, theirs = ({name: list(tensor.shape) for name, tensor in of.items()} for of in (saved_tensors(model), weights))
+    fresh = saved_tensors(model)
+    for name in weights.keys() & fresh.keys():
+        old, new = weights[name], fresh[name]
+        if name.split(".")[-2] in model.get_base_model().memory_modules and len(new) > len(old) and new.shape[1:] == old.shape[1:]:
+            weights[name] = torch.cat([old, new[len(old) :].to(old)])
+    mine, theirs = ({name: list(tensor.shape) for name, tensor in of.items()} for of in (fresh, weights))
     if mine != theirs:
         name = next(name for name in sorted({*mine, *theirs}) if mine.get(name) != theirs.get(name))
         got, want = (shapes.get(name, "none") for shapes in (theirs, mine))
-        raise UsageError(f"{told} has {name} of shape {got}, this run {want}; use the same `--lora_r` and memory")
+        raise UsageError(f"{told} has {name} of shape {got}, this run {want}; use the same `--lora_r` and as large a memory, or a larger one")
     set_peft_model_state_dict(model, weights)
 
 

@@ -244,9 +244,27 @@ def test_training_starts_from_another_adapter(train_small, fp32_flags, tmp_path)
     assert before.keys() == after.keys() and all(torch.equal(after[name], before[name]) for name in before)
     for changed, message in (
         (["--lora_r", "3"], "`--init_adapter_path` .* of shape .*use the same `--lora_r`"),
-        (["--num_memory_tokens", "5"], r"of shape \[4, \d+\], this run \[5, \d+\]"),
+        (["--num_memory_tokens", "3"], r"of shape \[4, \d+\], this run \[3, \d+\]"),
         (["--init_adapter_path", tmp_path], "no adapter that training wrote"),
     ):
         with pytest.raises(UsageError, match=message):
             train_small(*fp32_flags, *start, *changed, "--output_dir", tmp_path / "refused")
         assert not (tmp_path / "refused").exists()
+
+
+def test_a_larger_memory_goes_on_from_a_smaller_one(train_small, fp32_flags, tmp_path):
+    """Whose vectors come first; the others are as they were drawn."""
+    places = ["--memory_positions", "true"]
+    for name, flags in (
+        ("small", []),
+        ("fresh", ["--num_memory_tokens", "6"]),
+        ("large", ["--num_memory_tokens", "6", "--init_adapter_path", tmp_path / "small"]),
+    ):
+        rate = [] if name == "small" else ["--learning_rate", "0"]
+        train_small(*fp32_flags, *places, *flags, *rate, "--output_dir", tmp_path / name)
+    small, fresh, large = (weights(tmp_path / name) for name in ("small", "fresh", "large"))
+    assert small.keys() == large.keys()
+    for name, tensor in large.items():
+        assert torch.equal(tensor[: len(small[name])], small[name])
+        assert torch.equal(tensor[len(small[name]) :], fresh[name][len(small[name]) :])
+    assert sum(len(large[name]) > len(small[name]) for name in small) == 2
