@@ -69,11 +69,14 @@ def ranks_of(folder: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("backbone")
+    return save_backbone(tmp_path_factory.mktemp("backbone"))
+
+
+def save_backbone(folder, **settings):
     tokenizer = AutoTokenizer.from_pretrained(resolve_backbone("tiny-llama"))
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=256, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+        max_position_embeddings=256, eos_token_id=tokenizer.eos_token_id, bos_token_id=None, **settings,
     )  # fmt: skip
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
@@ -127,6 +130,21 @@ def test_loss_curve_equals_one_process(sharded, single):
     # a gradient summed over ranks instead of averaged would leave Adam's curve alone, but not this
     assert curve(log, "grad_norm") == pytest.approx(curve(single.state.log_history, "grad_norm"), rel=0.05)
     assert curve(log, "learning_rate") == pytest.approx(curve(single.state.log_history, "learning_rate"))
+
+
+def test_tokens_are_handed_over_through_a_tied_head(tmp_path):
+    """As the recipes do: embedding and head, one sharded weight, are called in every segment, checkpointed ones too."""
+    backbone = save_backbone(tmp_path / "backbone", tie_word_embeddings=True)
+    flags = [*CURRICULUM, "--memory_handover", "tokens", "--memory_shift", "true", "--stage_max_steps", "2", "3"]
+    flags += ["--save_strategy", "no", "--model_name_or_path", str(backbone)]
+    run_ranks(WORKER, *flags, *batch(8), "--output_dir", tmp_path / "two", config="zero3_2cpu")
+    records = ranks_of(tmp_path / "two")
+    log = train_with([*flags, *batch(16), "--output_dir", str(tmp_path / "one")]).state.log_history
+    assert records[0]["stage"] == 3
+    assert curve(records[0]["log"]) == pytest.approx(curve(log), rel=0.02)
+    told, alone = ([e["notes_loss"] for e in of if "notes_loss" in e] for of in (records[0]["log"], log))
+    assert told == pytest.approx(alone, rel=0.02) and told
+    assert curve(records[0]["log"], "grad_norm") == pytest.approx(curve(log, "grad_norm"), rel=0.05)
 
 
 def test_loss_of_a_known_batch_is_pinned(sharded, single, backbone, tmp_path):
