@@ -1,6 +1,7 @@
 """What a perfect reader would have written down: enough to answer, told at the token after which it is known."""
 
 import json
+from itertools import pairwise
 
 import pytest
 
@@ -24,8 +25,8 @@ STORIES = {
         "John went to the kitchen.",
         "Daniel nowhere John kitchen Mary nowhere Sandra nowhere apple nowhere football nowhere milk office garden hallway",
     ),
-    "qa4": ("The office is east of the garden. The kitchen is west of the garden.", "kitchen west garden office east garden"),
-    "qa5": ("Fred got the milk there. Fred gave the milk to Bill. Bill passed the milk to Jeff.", "Bill milk Jeff Fred milk Bill"),
+    "qa4": ("The office is east of the garden. The kitchen is west of the garden.", "office east garden kitchen west garden"),
+    "qa5": ("Fred got the milk there. Fred gave the milk to Bill. Bill passed the milk to Jeff.", "Fred milk Bill Bill milk Jeff"),
     "qa9": (
         "Mary is in the office. John is not in the garden. Mary is no longer in the office.",
         "Daniel nowhere John not garden Mary not office Sandra nowhere",
@@ -49,7 +50,7 @@ STORIES = {
     ),
     "qa15": ("Wolves are afraid of mice. Gertrude is a wolf.", "Wolves fear mice Gertrude wolf"),
     "qa16": ("Lily is a swan. Lily is white. Greg is a swan.", "Lily swan white Greg swan"),
-    "qa18": ("The box fits inside the chest. The chest is bigger than the chocolate.", "chest bigger chocolate chest bigger box"),
+    "qa18": ("The box fits inside the chest. The chest is bigger than the chocolate.", "chest bigger box chest bigger chocolate"),
     "qa20": ("Jason is thirsty. Jason went to the kitchen. Jason got the milk there.", "Jason thirsty kitchen milk Jason"),
 }  # fmt: skip
 
@@ -83,6 +84,15 @@ def test_those_of_another_vocabulary():
     official = [sample.facts for sample in babi.simulate("qa2", 30, 1)]
     assert babi.find_cast("qa2", None, official[:1]) == babi.find_cast("qa2")
     assert babi.find_cast("qa2", None, [("Mary flew home.",)]) == ([], []) == babi.find_cast("qa4")
+
+
+def test_the_last_gifts_are_kept():
+    """And what is kept stays where it is while there is room."""
+    names = ["Fred", "Bill", "Jeff", "Mary", "Fred", "Bill", "Jeff"]
+    facts = [f"{a} gave the milk to {b}." for a, b in pairwise(names)]
+    notes = babi.take_notes(facts, "qa5")
+    assert notes[4].startswith(notes[3]) and notes[4].count("milk") == 5
+    assert notes[5] == " ".join(f"{a} milk {b}" for a, b in pairwise(names[1:]))
 
 
 def test_a_thing_of_which_no_room_is_known():

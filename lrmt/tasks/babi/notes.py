@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from lrmt.tasks.babi.solve import Told, parse
 from lrmt.tasks.babi.vocabulary import TIMES, Vocabulary, words_of_files
 
-_TRAIL = 5  #: rooms of which a thing's way keeps the last
+_TRAIL = 5  #: of a thing's way, and of gifts, so many of the last are kept
 _NOWHERE = "nowhere"  #: where those are of whom nothing was told yet
 
 # those who are somewhere, in tasks that ask where
@@ -26,8 +26,8 @@ def take_notes(facts: Sequence[str], task: str, cast: Iterable[str] = ()) -> lis
     """The state of the world after each fact. Those of the `cast` are in it from the start: a memory is written at once, not word after
     word, and looks up where one person is more easily than who was told as the third.
 
-    Where a story has no such state, relations and gifts, it is what was told, without its small words, the latest first. Raises
-    ValueError for a sentence outside the task's grammar.
+    Where a story has no such state, relations and gifts, it is what was told, without its small words, in that order: what stands in a
+    memory already stays where it is. Raises ValueError for a sentence outside the task's grammar.
     """
     told = [parse(fact, task) for fact in facts]
     if None in told:
@@ -74,7 +74,7 @@ def _whereabouts(told: Told, cast: Iterable[str]) -> Iterator[str]:
         kind, person, thing, other = (fact.get(slot) for slot in ("is", "person", "thing", "other"))
         if kind in ("relation", "bigger", "fits", "fear"):
             way = {"bigger": "bigger", "fits": "bigger", "fear": "fear"}.get(kind, fact.get("way"))
-            relations.insert(0, f"{thing} {way} {other}")
+            relations.append(f"{thing} {way} {other}")
         elif kind in ("kind", "state"):
             traits[person] = " ".join([*filter(None, [traits.pop(person, None)]), thing])
         elif kind in ("get", "give"):
@@ -116,12 +116,12 @@ def _ways(told: Told, cast: Iterable[str]) -> Iterator[str]:
 
 
 def _gifts(told: Told, _) -> Iterator[str]:
-    """Who gave what to whom, the latest first."""
+    """Who gave what to whom: the last gifts, in order."""
     given: list[str] = []
     for fact in told:
         if fact["is"] == "give":
-            given.insert(0, f"{fact['person']} {fact['thing']} {fact['receiver']}")
-        yield " ".join(given)
+            given.append(f"{fact['person']} {fact['thing']} {fact['receiver']}")
+        yield " ".join(given[-_TRAIL:])
 
 
 def _days(told: Told, _) -> Iterator[str]:
