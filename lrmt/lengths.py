@@ -10,7 +10,7 @@ _TOKENS = re.compile(r"(\d+(?:\.\d+)?)([kKmM]?)")
 
 
 def parse_tokens(length: str, thousand: int = 1000) -> int:
-    """Tokens in a length: "4k" is 4000, "1M" a million, a plain number itself, "0k" none.
+    """Tokens in a length of `--lengths`: "4k" is 4000, "1M" a million, a plain number itself, "0k" none.
 
     `thousand`: what k means, 1024 for some public tasks. Raises UsageError for what is no length.
     """
@@ -21,24 +21,24 @@ def parse_tokens(length: str, thousand: int = 1000) -> int:
     return round(float(match[1]) * unit)
 
 
-def parse_segments(length: str, segment_length: int | None = None) -> int:
-    """Segments in a length: "8" is 8 segments, "4k" or "1M" are tokens, rounded down to whole segments; "0k" is 0.
+def parse_segments(length: str, segment_length: int | None = None, flag: str = "--lengths") -> int:
+    """Segments in a length of `flag`: "8" is 8 segments, "4k" or "1M" are tokens, rounded down to whole segments; "0k" is 0.
 
     Without `segment_length` only the spelling is checked, and a length in tokens counts as 1.
     """
     match = _TOKENS.fullmatch(str(length))
     if match is None or (not match[2] and "." in match[1]):
-        raise UsageError(f"--lengths takes segments (8) or tokens (4k, 0.5M); got {length!r}")
+        raise UsageError(f"{flag} takes segments (8) or tokens (4k, 0.5M); got {length!r}")
     if match[2]:
         tokens = parse_tokens(length)
         if tokens == 0:
             return 0
         segments = 1 if segment_length is None else tokens // segment_length
         if segments < 1:
-            raise UsageError(f"--lengths {length} is less than one segment of {segment_length} tokens; ask for more")
+            raise UsageError(f"{flag} {length} is less than one segment of {segment_length} tokens; ask for more")
         return segments
     if int(match[1]) < 1:
-        raise UsageError(f"--lengths must be at least one segment; got {length!r}")
+        raise UsageError(f"{flag} must be at least one segment; got {length!r}")
     return int(match[1])
 
 

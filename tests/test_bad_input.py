@@ -187,6 +187,7 @@ LRMT = [
     ("evaluate --adapter_path half --task passkey --lengths 1", ["--adapter_path", "half", "adapter_model.safetensors"]),
     ("evaluate --adapter_path cut --task passkey --lengths 1", ["--adapter_path", "cut"]),
     ("evaluate --adapter_path run --task passkeys", ["--task", "did you mean passkey"]),
+    ("inspect --adapter_path run --task passkey --length 1.5", ["--length takes", "1.5"]),
     ("evaluate --adapter_path run --task passkey --lengths none", ["--lengths", "none"]),
     ("evaluate --adapter_path run --task passkey --lengths 0", ["--lengths", "0"]),
     ("evaluate --adapter_path run --task qa1 --harness babilong_qa1", ["--harness", "stands alone", "--task too"]),

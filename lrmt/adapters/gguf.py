@@ -87,13 +87,14 @@ def unpack(name: str, flag: str) -> Path:
         raise UsageError(f"{told} cannot be read ({error.strerror or error}); name another file") from None
     folder = cache_folder() / "gguf" / key
     if not _is_whole(folder):
+        size, rope = _read_header(path, told)  # what is refused leaves not even a lock
         with _writing(told, folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
-            _unpack_once(path, folder, told)
+            _unpack_once(path, folder, told, size, rope)
     return folder
 
 
-def _unpack_once(path: Path, folder: Path, told: str) -> None:
+def _unpack_once(path: Path, folder: Path, told: str, size: int, rope: dict | None) -> None:
     from huggingface_hub.utils import WeakFileLock  # flock, or where the file system has none a file
 
     with WeakFileLock(folder.with_suffix(".lock")):
@@ -101,7 +102,6 @@ def _unpack_once(path: Path, folder: Path, told: str) -> None:
             return
         for left in folder.parent.glob(f".{folder.name}.*"):  # by one that was killed
             shutil.rmtree(left, ignore_errors=True)
-        size, rope = _read_header(path, told)
         _check_room(size, folder, told)
         print(f"{told}: de-quantised once, to {folder} ({size / 1e6:,.0f} MB)", file=sys.stderr, flush=True)
         model, tokenizer = _load(path, rope, told)

@@ -109,7 +109,7 @@ def make_sample(settings: InspectionSettings, tokenizer, span_length: int) -> tu
     """Ids of the document and of the question of a sample of a task, and its last notes; says what it asks for."""
     options = {"split": "test", "seed": settings.seed, "segment_length": span_length}
     task = build_task(settings.task, tokenizer, TaskOptions.of(settings), **options)
-    example = task.example(0, parse_segments(settings.length, span_length) * span_length)
+    example = task.example(0, parse_segments(settings.length, span_length, "--length") * span_length)
     pieces = Pieces(tokenizer)
     document = context_ids(example, pieces).tolist()
     if len(document) < span_length:

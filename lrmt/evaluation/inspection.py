@@ -69,7 +69,7 @@ examples:
         for name in ("max_new_tokens", "top"):
             check_least(self, name, 1)
         check_seed(self.seed)
-        parse_segments(self.length)
+        parse_segments(self.length, flag="--length")
         if (self.input is None) == (self.task is None):
             raise UsageError(
                 f"give either --input, a text, or --task, of which a sample is made; got {self.input} and {self.task}"

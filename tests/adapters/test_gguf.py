@@ -239,9 +239,10 @@ def test_no_such_file(refuse, plain, tmp_path):
         ModelArguments(model_name_or_path="people/model", gguf_file="x.gguf")
 
 
-def test_no_gguf(refuse, tmp_path):
+def test_no_gguf(refuse, cache, tmp_path):
     (tmp_path / "text.gguf").write_text("not one")
     refuse(tmp_path / "text.gguf", "is no GGUF", "name one")
+    assert not cache.exists()  # not even a lock
 
 
 @pytest.mark.parametrize("share", [0.0001, 0.01, 0.1, 0.5, 0.999])
