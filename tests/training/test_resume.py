@@ -243,13 +243,32 @@ def test_training_starts_from_another_adapter(train_small, fp32_flags, tmp_path)
     before, after = weights(tmp_path / "easy"), weights(tmp_path / "hard")
     assert before.keys() == after.keys() and all(torch.equal(after[name], before[name]) for name in before)
     for changed, message in (
-        (["--lora_r", "3"], "`--init_adapter_path` .* of shape .*use the same `--lora_r`"),
+        (["--lora_r", "3"], "`--init_adapter_path` .* was trained with lora_r 4; got `--lora_r` 3; give that of the adapter"),
+        (["--lora_alpha", "16"], "was trained with lora_alpha 8; got `--lora_alpha` 16; give that of the adapter"),
+        (["--use_rslora", "true"], "was trained with use_rslora False; got `--use_rslora` True"),
+        (["--use_dora", "true"], "was trained with use_dora False; got `--use_dora` True"),
+        (["--use_peft", "false"], "was trained with use_peft True; got `--use_peft` False"),
+        (["--lora_target_modules", "q_proj"], "lora_target_modules down_proj .* v_proj; got `--lora_target_modules` q_proj; give"),
         (["--num_memory_tokens", "3"], r"of shape \[4, \d+\], this run \[3, \d+\]"),
         (["--init_adapter_path", tmp_path], "no adapter that training wrote"),
     ):
         with pytest.raises(UsageError, match=message):
             train_small(*fp32_flags, *start, *changed, "--output_dir", tmp_path / "refused")
         assert not (tmp_path / "refused").exists()
+    layers = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]  # all that are linear
+    same = train_small(*flags, "--lora_target_modules", *layers, "--output_dir", tmp_path / "same")
+    assert same.state.global_step > 0
+
+
+def test_training_starts_from_a_memory_without_lora(train_small, fp32_flags, tmp_path):
+    flags = [*fp32_flags, "--stage_max_steps", "1"]
+    train_small(*flags, "--use_peft", "false", "--output_dir", tmp_path / "easy")
+    flags += ["--init_adapter_path", tmp_path / "easy", "--learning_rate", "0"]
+    train_small(*flags, "--use_peft", "false", "--output_dir", tmp_path / "hard")
+    before, after = weights(tmp_path / "easy"), weights(tmp_path / "hard")
+    assert before.keys() == after.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    with pytest.raises(UsageError, match="was trained with use_peft False; got `--use_peft` True"):
+        train_small(*flags, "--output_dir", tmp_path / "refused")
 
 
 def test_a_larger_memory_goes_on_from_a_smaller_one(train_small, fp32_flags, tmp_path):
