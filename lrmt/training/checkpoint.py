@@ -20,7 +20,7 @@ POSITION_FILE = "curriculum.json"
 #: in it: the tensor files of the checkpoint, which older ones do not list
 FILES = "files"
 #: what older checkpoints do not say, and what they had; ...: as now
-JOINED_LATER = {"lora_dropout": ..., "use_rslora": ..., "use_dora": ...}
+JOINED_LATER = {"lora_dropout": ..., "use_rslora": ..., "use_dora": ..., "notes_weight": ...}
 JOINED_LATER |= {"memory_handover": "identity", "memory_shift": False, "state_passing": 0.0, "memory_positions": False}
 
 

@@ -75,7 +75,8 @@ def train(
     _check_training(training_args, curriculum_args, curriculum)
     config = _check_method(model_class, settings, model_args, task_args, curriculum, training_args)
     arguments = _arguments(settings, model_args, task_args, curriculum_args, training_args)
-    identity = _identity(config, model_args, task_args, training_args)
+    weights = curriculum.per_stage("notes_weight", curriculum_args.notes_weight)
+    identity = _identity(config, model_args, task_args, training_args) | {"notes_weight": weights}
 
     set_seed(training_args.seed)
     tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
