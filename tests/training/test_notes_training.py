@@ -7,6 +7,7 @@ import torch
 
 from lrmt.errors import UsageError
 from lrmt.models.notes import NotesScore
+from lrmt.models.weights import in_use
 from lrmt.tasks.base import Example, Note, Pieces
 from lrmt.training.notes import NotesMeter, collate_notes
 
@@ -70,6 +71,8 @@ def test_the_map_is_saved_and_resumed(train_small, fp32_flags, tmp_path):
     model = lrmt.load(tmp_path / "run")
     weight = model.get_base_model().handover.modules_to_save["default"].weight
     assert not torch.equal(weight, torch.eye(len(weight)))
+    with model.disable_adapter():  # the method untrained reads through the same map
+        assert torch.equal(in_use(model.get_base_model().handover).weight, weight)
     (tmp_path / "run" / "checkpoint-4" / "curriculum.json").unlink()
     again = train_small(*flags, "--resume_from_checkpoint", "true")
     assert logged(again, "loss")[-1:] == logged(whole, "loss")[-1:]
