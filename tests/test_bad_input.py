@@ -161,6 +161,12 @@ TRAIN = [  # command line, what the line says: flag, value, remedy
     ("--model_name_or_path claims_4bit", ["--model_name_or_path", "claims_4bit", "weights are full"]),
     ("--dry_run --model_name_or_path ./nowhere", ["--model_name_or_path", "./nowhere"]),
     ("--dry_run --segment_length 250", ["--segment_length", "window of 256"]),
+    ("--dry_run --task passkeys", ["--task", "passkeys", "did you mean passkey"]),
+    ("--dry_run --dataset_name nowhere.jsonl", ["--dataset_name", "nowhere.jsonl", "does not exist", "empty.jsonl"]),
+    ("--dry_run --text_path nowhere.txt", ["--text_path", "nowhere.txt", "does not exist"]),
+    ("--dry_run --report_to nothing", ["--report_to", "nothing"]),
+    ("--dry_run --init_adapter_path run --lora_alpha 3", ["--init_adapter_path", "lora_alpha 8", "`--lora_alpha` 3"]),
+    ("--dry_run --init_adapter_path run --num_memory_tokens 2", ["--init_adapter_path", "of shape [4, 64]", "[2, 64]"]),
 ]  # fmt: skip
 LANDMARK = [
     ("--block_length 1", ["--block_length", "2 or more", "got 1"]),

@@ -178,7 +178,19 @@ def _add_adapter(model: LongContextModel, path: Path) -> PeftModel:
             f"{ADAPTER} {path}: {differ[0]}, and {len(differ) - 1} more, are in its weights or in its configuration, not in "
             "both; copy or download both again"
         )
+    _share_buffers(model)
     return model
+
+
+def _share_buffers(model: PeftModel) -> None:
+    """Gives what runs with the adapter disabled the buffers of the adapter too: they are fitted to the backbone and do not train."""
+    from peft.utils import ModulesToSaveWrapper
+
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            fitted = dict(module.modules_to_save[module.active_adapters[0]].named_buffers())
+            for name, buffer in module.original_module.named_buffers():
+                buffer.copy_(fitted[name])
 
 
 # ---------------------------------------------------------------------- save

@@ -1,4 +1,4 @@
-"""Who answers: the trained model, the untrained memory, and the backbone alone, in several ways."""
+"""Who answers: the trained model, the method untrained, and the backbone alone, in several ways."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -117,6 +117,7 @@ class Bare:
 
 
 def build_untrained(bare: Bare) -> Contender:
+    """The method without LoRA, its memory as it was drawn when the model was opened: not as training began, which may set it by notes."""
     return Contender(
         "untrained", bare.without_adapter(generating(bare.model)), bare.without_adapter(measuring_loss(bare.model))
     )

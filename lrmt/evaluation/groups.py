@@ -25,7 +25,7 @@ KNOWN_TASKS = f"passkey, {KNOWN_HAYSTACKS}, perplexity"
 
 #: `--baseline`, and what each is
 BASELINES = {
-    "untrained": "the same memory before training (the adapter disabled)",
+    "untrained": "the method untrained, its memory drawn afresh from --seed (the adapter disabled)",
     "backbone": "the bare model, shown as much of the END of the text as one segment holds",
     "full": "the bare model, shown all of the text, however long",
     "sliding_window": "the bare model, each token of the text seeing one segment's length back",

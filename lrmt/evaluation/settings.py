@@ -271,7 +271,7 @@ class PerplexitySettings(EvaluationSettings, PerplexityTaskFlags, LengthFlags, F
     function: ClassVar[str] = "lrmt.evaluation.perplexity:run_perplexity"
     measures_perplexity: ClassVar[bool] = True
     description: ClassVar[str] = """\
-Perplexity by context length, of the model, the same memory untrained, and the backbone, on the same tokens: the last half
+Perplexity by context length, of the model, the method untrained, and the backbone, on the same tokens: the last half
 segment before a drawn place of --text_path, after 1, 2, 4, … segments that end there. Split test is all of the text,
 validation the last tenth, which training on it leaves out.
 

@@ -323,12 +323,13 @@ class LongContextModel(PreTrainedModel, GenerationMixin):
         return False  # the state carries its own cache
 
     def fingerprint(self) -> str:
-        """Identifies the model that made a state: its settings, memory, LoRA, and the start of the backbone's embeddings."""
+        """Identifies the model that made a state: its settings, memory, LoRA and its scale, and the start of the backbone's embeddings."""
         lora = [parameter for name, parameter in self.named_parameters() if ".lora_" in name]
         embeddings = self.get_input_embeddings().weight
         weights = [*self._memory_weights(), *lora]
+        scales = [scale for module in self.modules() if hasattr(module, "lora_A") for scale in module.scaling.values()]
         # hashing takes a while, generation asks for every token, and in-place changes are counted by torch
-        made_of = [(tensor.data_ptr(), tensor._version) for tensor in (*weights, embeddings)]
+        made_of = [(tensor.data_ptr(), tensor._version) for tensor in (*weights, embeddings)], scales
         if self._fingerprint[0] == made_of:
             return self._fingerprint[1]
         settings = [self.config.model_type, self.config.backbone_config.model_type]
@@ -336,6 +337,7 @@ class LongContextModel(PreTrainedModel, GenerationMixin):
         fields = type(self.config).__dataclass_fields__
         later = {name: getattr(self.config, name) for name in self.later_state_settings}
         settings += [[name, value] for name, value in later.items() if value != fields[name].default]
+        settings += [["lora_scales", scales]] * bool(scales)
         digest = hashlib.sha256(json.dumps(settings).encode())
         with gathered(*weights, embeddings):
             for tensor in [*weights, embeddings[:4]]:

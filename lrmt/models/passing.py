@@ -45,9 +45,9 @@ class Passed:
         return choose(taken.tolist(), self.memory, memory, whole=False), notes
 
     def leave(self, memory: Memory, grid: Grid) -> None:
-        """Keeps the last memories that a batch has written."""
+        """Keeps the last memories of a batch's rows, and what was noted when they were written."""
         self.memory = tree_map(Tensor.detach, memory)
-        self.said = None if grid.notes is None or len(grid) < 2 else grid.notes_after(len(grid) - 2)[0]
+        self.said = None if grid.notes is None else grid.last_notes()
 
     def tensors(self) -> dict[str, Tensor]:
         """For a checkpoint."""

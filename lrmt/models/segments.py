@@ -117,6 +117,11 @@ class Grid:
         self._noted[s] = ids, tokens_ago // self.segment_length
         return self._noted[s]
 
+    def last_notes(self) -> Tensor:
+        """The notes `[B, m]` for the last memory of each row: what its last segment reads, of a row of one what it begins from."""
+        rows = zip(self.start, self.segments_per_row, strict=True)
+        return self.notes.after([max(0, (n - 1) * self.segment_length - start) for start, n in rows])[0]
+
     def row_major(self, values: Tensor) -> Tensor:
         """Reorders values of the wanted positions, `[N, ...]`, from segment by segment to row by row."""
         row, column = self.wanted.nonzero(as_tuple=True)

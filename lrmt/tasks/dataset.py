@@ -191,14 +191,25 @@ def looks_local(source: str) -> bool:
     )
 
 
-def _read_file(path: Path) -> list[tuple[int, dict]]:
-    """The rows of a .jsonl or .parquet file, each after its number."""
+def is_file_of_rows(options: TaskOptions) -> bool:
+    """Whether `dataset_name` means a file, rather than a data set of the Hub or a folder that says what is in it."""
+    path = Path(str(options.dataset_name)).expanduser()
+    return looks_local(str(path)) and not (path / CARD).is_file() and not (options.dataset_config and path.is_dir())
+
+
+def check_file(path: Path) -> None:
+    """Raises UsageError for what is no .jsonl or .parquet file."""
     if not path.is_file():
         folder = path if path.is_dir() else path.parent
         fact = "is a folder" if path.is_dir() else "does not exist"
         raise UsageError(f"--dataset_name {path} {fact}; {folder} holds: {listing(folder, limit=12)}")
     if path.suffix.lower() not in _FILE_SUFFIXES:
         raise UsageError(f"--dataset_name {path} is neither .jsonl nor .parquet; convert it to one of them")
+
+
+def _read_file(path: Path) -> list[tuple[int, dict]]:
+    """The rows of a .jsonl or .parquet file, each after its number."""
+    check_file(path)
     if path.suffix.lower() == ".parquet":
         import pyarrow as pa
         import pyarrow.parquet as pq

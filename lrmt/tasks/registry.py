@@ -2,13 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from lrmt.errors import UsageError, suggest
 from lrmt.tasks import names
 from lrmt.tasks.babilong import BabilongTask
 from lrmt.tasks.background import Background, open_background
 from lrmt.tasks.base import Example, Task, derive_rng
-from lrmt.tasks.dataset import DatasetTask
+from lrmt.tasks.dataset import DatasetTask, check_file, is_file_of_rows, looks_local
+from lrmt.tasks.documents import text_files
 from lrmt.tasks.needles import MemoryTask, NeedleTask
 from lrmt.tasks.options import TaskOptions
 from lrmt.tasks.passkey import PasskeyTask
@@ -62,11 +64,7 @@ def build_task(
     options = replace(options or TaskOptions(), **changes)
     if split not in names.SPLITS:
         raise UsageError(f"split must be one of {', '.join(names.SPLITS)}; got {split!r}{suggest(split, names.SPLITS)}")
-    parts = [part.strip() for part in name.split(",")]
-    for part in parts:
-        if part not in names.TASKS:
-            known = f"{names.KNOWN_TASKS}{suggest(part.lower(), names.TASKS)}"
-            raise UsageError(f"--task {part!r} is unknown; known: {known}")
+    parts = check_sources(name, options)
     if background is None and not _HAYSTACKS.keys().isdisjoint(parts):
         background = open_background(tokenizer, options, split=split, seed=seed)
     common = {"split": split, "seed": seed, "segment_length": segment_length}
@@ -77,3 +75,17 @@ def build_task(
         for part in parts
     ]
     return tasks[0] if len(tasks) == 1 else MixedTask(tasks, split=split, seed=seed)
+
+
+def check_sources(name: str, options: TaskOptions) -> list[str]:
+    """The tasks of a mixture. Raises UsageError for an unknown one, and where files of rows or texts are not there: what shows at once."""
+    parts = [part.strip() for part in name.split(",")]
+    for part in parts:
+        if part not in names.TASKS:
+            known = f"{names.KNOWN_TASKS}{suggest(part.lower(), names.TASKS)}"
+            raise UsageError(f"--task {part!r} is unknown; known: {known}")
+    if "dataset" in parts and options.dataset_name and is_file_of_rows(options):
+        check_file(Path(options.dataset_name).expanduser())
+    if "text" in parts and options.text_path and looks_local(options.text_path):
+        text_files([Path(options.text_path).expanduser()], flag="--text_path")
+    return parts

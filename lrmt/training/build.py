@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.utils.constants import DUMMY_TARGET_MODULES
+from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import get_peft_config, get_quantization_config
@@ -86,7 +89,7 @@ def build_empty_model(
     Raises:
         UsageError: as `build_model`, but for what only weights can show.
     """
-    if model_args.init_adapter_path is not None:
+    if model_args.init_adapter_path is not None:  # before anything takes time
         check_whole(find_adapter(model_args.init_adapter_path, INIT_FLAG), INIT_FLAG)
     _quantization(model_args, sharded)
     name, attention = model_args.model_name_or_path, model_args.attn_implementation
@@ -96,6 +99,8 @@ def build_empty_model(
     with torch.device("meta"):
         model = _add_lora(model_class.from_backbone(backbone, **settings), model_args, settings)
     check_savable(model)
+    if model_args.init_adapter_path is not None:
+        _check_start(model, model_args.init_adapter_path)
     return model
 
 
@@ -147,31 +152,68 @@ def _add_lora(model: LongContextModel, model_args: ModelArguments, settings: dic
 
 
 def _start_from(model: PeftModel, path_or_hub_id: str) -> None:
-    """Copies a trained adapter's LoRA and memory into a new one of the same method, backbone and shape, but that the memory may have
-    more vectors: those of the adapter come first.
+    """Copies a trained adapter's LoRA and memory into a new one; of a larger memory, the adapter's vectors come first."""
+    path = _check_start(model, path_or_hub_id)
+    weights, fresh = load_file(path / "adapter_model.safetensors"), saved_tensors(model)
+    for name, old in weights.items():
+        if old.shape != fresh[name].shape:
+            weights[name] = torch.cat([old, fresh[name][len(old) :].to(old)])
+    set_peft_model_state_dict(model, weights)
+
+
+def _check_start(model: PeftModel, path_or_hub_id: str) -> Path:
+    """The folder of a trained adapter that the model can start from: of the same method, backbone (of an empty model nobody knows which),
+    LoRA and shape, but that the memory may have fewer vectors. Raises `UsageError` for any other.
     """
     told, path = f"{INIT_FLAG} {path_or_hub_id}", find_adapter(path_or_hub_id, INIT_FLAG)
     check_whole(path, INIT_FLAG)
     if not is_adapter(path):
         raise UsageError(f"{told} is no adapter, but a merged checkpoint; name what training wrote")
-    saved, config = read_config(path, INIT_FLAG), model.get_base_model().config
-    for name in ("model_type", "backbone_fingerprint", *model.get_base_model().later_state_settings):
-        if getattr(saved, name) != getattr(config, name):
-            raise UsageError(
-                f"{told} has {name} {getattr(saved, name)}; this run has {getattr(config, name)}; they must agree"
-            )
-    weights = load_file(path / "adapter_model.safetensors")
-    fresh = saved_tensors(model)
-    for name in weights.keys() & fresh.keys():
-        old, new = weights[name], fresh[name]
-        if name.split(".")[-2] in model.get_base_model().memory_modules and len(new) > len(old) and new.shape[1:] == old.shape[1:]:
-            weights[name] = torch.cat([old, new[len(old) :].to(old)])
-    mine, theirs = ({name: list(tensor.shape) for name, tensor in of.items()} for of in (fresh, weights))
-    if mine != theirs:
-        name = next(name for name in sorted({*mine, *theirs}) if mine.get(name) != theirs.get(name))
-        got, want = (shapes.get(name, "none") for shapes in (theirs, mine))
-        raise UsageError(f"{told} has {name} of shape {got}, this run {want}; use the same `--lora_r` and as large a memory, or a larger one")
-    set_peft_model_state_dict(model, weights)
+    base, saved = model.get_base_model(), read_config(path, INIT_FLAG)
+    for name in ("model_type", "backbone_fingerprint", *base.later_state_settings):
+        mine = getattr(base.config, name)
+        if mine is not None and getattr(saved, name) != mine:
+            raise UsageError(f"{told} has {name} {getattr(saved, name)}; this run has {mine}; they must agree")
+    try:
+        theirs = LoraConfig.from_pretrained(str(path))
+    except Exception as error:
+        raise UsageError(f"{told}: adapter_config.json cannot be read ({one_line(error)}); copy it again") from None
+    shapes = {name: list(tensor.shape) for name, tensor in saved_tensors(model).items()}
+    with safe_open(path / "adapter_model.safetensors", "pt") as file:
+        of_theirs = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (not a dict)
+    lora, lora_of_theirs = _lora_flags(model.peft_config["default"], shapes), _lora_flags(theirs, of_theirs)
+    for name, value in lora_of_theirs.items():
+        if value != lora[name]:
+            old, mine = map(_spell, (value, lora[name]))
+            raise UsageError(f"{told} was trained with {name} {old}; got `--{name}` {mine}; give that of the adapter")
+    for name in shapes.keys() & of_theirs.keys():
+        mine, old = shapes[name], of_theirs[name]
+        if name.split(".")[-2] in base.memory_modules and mine[0] > old[0] and mine[1:] == old[1:]:
+            of_theirs[name] = mine
+    if shapes != of_theirs:
+        name = next(name for name in sorted({*shapes, *of_theirs}) if shapes.get(name) != of_theirs.get(name))
+        got, want = (of.get(name, "none") for of in (of_theirs, shapes))
+        raise UsageError(f"{told} has {name} of shape {got}, this run {want}; use as large a memory, or a larger one")
+    return path
+
+
+def _lora_flags(config: LoraConfig, names: Iterable[str]) -> dict:
+    """What makes LoRA's function of its weights, by flag; the layers that have it, by the `names` of their weights."""
+    if config.target_modules == DUMMY_TARGET_MODULES:
+        return {"use_peft": False}
+    return {
+        "use_peft": True,
+        "lora_r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "use_rslora": config.use_rslora,
+        "use_dora": config.use_dora,
+        "lora_target_modules": sorted({name.split(".lora_")[0] for name in names if ".lora_" in name}),
+    }
+
+
+def _spell(value: object) -> object:
+    """Of layers, what they are called wherever they are."""
+    return " ".join(sorted({layer.split(".")[-1] for layer in value})) if isinstance(value, list) else value
 
 
 def trainable_names(model: torch.nn.Module) -> list[str]:

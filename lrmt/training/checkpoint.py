@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,8 +17,10 @@ from lrmt.training.curriculum import Curriculum
 
 #: written last into a checkpoint: one without it was cut off while being written
 POSITION_FILE = "curriculum.json"
+#: in it: the tensor files of the checkpoint, which older ones do not list
+FILES = "files"
 #: what older checkpoints do not say, and what they had; ...: as now
-JOINED_LATER = {"lora_dropout": ..., "use_rslora": ..., "use_dora": ...}
+JOINED_LATER = {"lora_dropout": ..., "use_rslora": ..., "use_dora": ..., "notes_weight": ...}
 JOINED_LATER |= {"memory_handover": "identity", "memory_shift": False, "state_passing": 0.0, "memory_positions": False}
 
 
@@ -62,18 +65,30 @@ def check_optimizer_saved(checkpoint: str) -> None:
         )
 
 
+def tensor_files(checkpoint: Path) -> list[str]:
+    """The files of weights, optimizer, schedule, random numbers and memories in a checkpoint, by their path in it."""
+    found = [*checkpoint.glob("*"), *checkpoint.glob("global_step*/**/*")]
+    return sorted(str(path.relative_to(checkpoint)) for path in found if path.suffix in (".safetensors", ".pt", ".pth"))
+
+
 def _what_is_broken(checkpoint: Path) -> str | None:
     """What a checkpoint lacks that was cut off while being written, or on a disk that filled up."""
-    for name in (POSITION_FILE, *ADAPTER_FILES, "trainer_state.json"):
-        if not (checkpoint / name).is_file():
+    names = [POSITION_FILE, *ADAPTER_FILES, "trainer_state.json", *tensor_files(checkpoint)]
+    for name in names:
+        path = checkpoint / name
+        if not path.is_file():
             return f"{name} is missing"
         try:
             if name.endswith(".json"):
-                json.loads((checkpoint / name).read_text())
-            else:
-                safe_open(checkpoint / name, "pt")
-        except (OSError, ValueError, SafetensorError):
+                content = json.loads(path.read_text())
+            elif name.endswith(".safetensors"):
+                safe_open(path, "pt")
+            else:  # the directory of an archive is its end
+                zipfile.ZipFile(path).close()
+        except (OSError, ValueError, SafetensorError, zipfile.BadZipFile):
             return f"{name} cannot be read"
+        if name == POSITION_FILE:  # says what else must be there
+            names += content.get(FILES, [])
     return None
 
 

@@ -5,33 +5,29 @@ from __future__ import annotations
 import os
 
 import torch
+from peft import PeftModel
 
 from lrmt.arguments import ModelArguments, TaskArguments, TrainingArguments
-from lrmt.models.base import LongContextModel
-from lrmt.training.build import build_empty_model
 from lrmt.training.curriculum import Curriculum
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a weight, its block's constant, that constant's own block
 
 
 def describe_plan(
-    model_class: type[LongContextModel],
+    model: PeftModel,
     settings: dict,
     model_args: ModelArguments,
     task_args: TaskArguments,
     curriculum: Curriculum,
     training_args: TrainingArguments,
 ) -> str:
-    """The plan of a run as text: stages, trainable parameters, and an estimate of memory per GPU in GiB."""
-    model = build_empty_model(model_class, model_args, settings)
+    """The plan of a run as text, of its model without weights: stages, trainable parameters, and an estimate of memory per GPU in GiB."""
     method, backbone = model.get_base_model().config, model.get_base_model().backbone
     world, stage = _sharding(training_args)
-    method.check_training(curriculum.stages[-1], num_ranks=world, task=task_args.task, use_peft=model_args.use_peft)
     trainable = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     count = sum(trainable.values())
-    memory = sum(
-        n for name, n in trainable.items() if any(module in name for module in model_class.trained_modules(settings))
-    )
+    modules = model.get_base_model().trained_modules(settings)
+    memory = sum(n for name, n in trainable.items() if any(module in name for module in modules))
     frozen = sum(p.numel() for p in backbone.parameters() if not p.requires_grad)
     precision = f"{model_args.bnb_4bit_quant_type} 4-bit" if model_args.load_in_4bit else model_args.dtype
     batch, accumulated = training_args.per_device_train_batch_size, training_args.gradient_accumulation_steps

@@ -24,7 +24,7 @@ from lrmt.ranks import this_rank
 from lrmt.tasks.base import Pieces
 from lrmt.tasks.names import BABI
 from lrmt.tasks.options import TaskOptions
-from lrmt.tasks.registry import build_task
+from lrmt.tasks.registry import build_task, check_sources
 from lrmt.training.build import build_empty_model, build_model, trainable_names
 from lrmt.training.checkpoint import check_optimizer_saved, check_resumable, find_checkpoint
 from lrmt.training.curriculum import Curriculum
@@ -63,19 +63,19 @@ def train(
     _check_passing(settings.get("state_passing", 0.0), task_args.task)
     if training_args.deepspeed_plugin is not None:
         _check_precision(model_args, training_args)
+    # what can be wrong shows here, before texts are made and weights are loaded; of a dry run the folder does not matter
+    checkpoint, goes_on = (None, False) if training_args.dry_run else _check_folders(training_args)
+    _check_training(training_args, curriculum_args, curriculum)
+    empty = _check_method(model_class, settings, model_args, task_args, curriculum, training_args)
+    config = empty.get_base_model().config
+    notes_weight = _check_notes_weight(curriculum_args.notes_weight, config, curriculum, task_args.task)
+    check_sources(task_args.task, TaskOptions.of(task_args))
     if training_args.dry_run:
         if this_rank().is_main_process:
-            print(describe_plan(model_class, settings, model_args, task_args, curriculum, training_args))
+            print(describe_plan(empty, settings, model_args, task_args, curriculum, training_args))
         return None
-    # what can be wrong shows here, before texts are made and weights are loaded
-    checkpoint = find_checkpoint(training_args.output_dir, training_args.resume_from_checkpoint)
-    if checkpoint is not None:
-        check_optimizer_saved(checkpoint)
-    goes_on = _check_output_dir(training_args, checkpoint)
-    _check_training(training_args, curriculum_args, curriculum)
-    config = _check_method(model_class, settings, model_args, task_args, curriculum, training_args)
     arguments = _arguments(settings, model_args, task_args, curriculum_args, training_args)
-    identity = _identity(config, model_args, task_args, training_args)
+    identity = _identity(config, model_args, task_args, training_args) | {"notes_weight": notes_weight}
 
     set_seed(training_args.seed)
     tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
@@ -142,6 +142,14 @@ def _check_precision(model_args: ModelArguments, training_args: TrainingArgument
         )
 
 
+def _check_folders(training_args: TrainingArguments) -> tuple[str | None, bool]:
+    """The checkpoint to go on from, and whether the run goes on where it was."""
+    checkpoint = find_checkpoint(training_args.output_dir, training_args.resume_from_checkpoint)
+    if checkpoint is not None:
+        check_optimizer_saved(checkpoint)
+    return checkpoint, _check_output_dir(training_args, checkpoint)
+
+
 def _check_output_dir(training_args: TrainingArguments, checkpoint: str | None) -> bool:
     """Refuses to write over anything that this run did not make; tells whether the run goes on where it was."""
     path = Path(training_args.output_dir)
@@ -185,8 +193,8 @@ def _check_method(
     task_args: TaskArguments,
     curriculum: Curriculum,
     training_args: TrainingArguments,
-) -> LongContextConfig:
-    """The method's config over the backbone's, if it can be built and trained so."""
+) -> PeftModel:
+    """The model without weights, if it can be built and trained so."""
     empty = build_empty_model(model_class, model_args, settings, sharded=_is_sharded(training_args))
     config = empty.get_base_model().config
     config.check_training(
@@ -196,7 +204,7 @@ def _check_method(
         use_peft=model_args.use_peft,
     )
     curriculum.slack = config.length_slack
-    return config
+    return empty
 
 
 def _check_passing(share: float, task: str) -> None:
@@ -209,13 +217,34 @@ def _check_passing(share: float, task: str) -> None:
         )
 
 
-def _check_notes(weights: list[float], config: LongContextConfig, curriculum: Curriculum, tasks: dict) -> None:
-    """Raises `UsageError` if notes are to be scored that the method cannot write, or of which the task makes none."""
-    told = f"`--notes_weight` {' '.join(f'{weight:g}' for weight in weights)}"
-    if not any(curriculum.per_stage("notes_weight", weights)):
-        return
+def _check_notes_weight(
+    weights: list[float], config: LongContextConfig, curriculum: Curriculum, task: str
+) -> list[float]:
+    """What notes weigh in each stage. Raises `UsageError` if they are to be scored and cannot be, whatever the texts say."""
+    of_stages = curriculum.per_stage("notes_weight", weights)
+    if not any(of_stages):
+        return of_stages
     if not config.note_length:
-        raise UsageError(f"{told}: {config.model_type} writes no memory tokens that could say them; leave it out")
+        raise UsageError(
+            f"{_tell(weights)}: {config.model_type} writes no memory tokens that could say them; leave it out"
+        )
+    if curriculum.stages[-1] == 1 and "dataset" not in task:  # whose rows may be longer
+        raise UsageError(
+            f"{_tell(weights)}: no text of one segment hands on a memory, which notes are of; got `--curriculum_stages` "
+            f"{curriculum.stages}. Train on longer texts, or leave it out"
+        )
+    return of_stages
+
+
+def _tell(weights: list[float]) -> str:
+    return f"`--notes_weight` {' '.join(f'{weight:g}' for weight in weights)}"
+
+
+def _check_notes(weights: list[float], config: LongContextConfig, curriculum: Curriculum, tasks: dict) -> None:
+    """Raises `UsageError` if notes are to be scored of which the task makes none."""
+    told = _tell(weights)
+    if not any(weights):
+        return
     longest, train = curriculum.stages[-1] * config.segment_length, tasks["train"]
     for task in tasks.values():
         if error := getattr(task, "wrong_notes", None):

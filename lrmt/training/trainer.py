@@ -24,7 +24,7 @@ from lrmt.files import replacing, to_json, write_whole
 from lrmt.models.notes import Notes
 from lrmt.tasks.base import Pieces, Task
 from lrmt.training.callbacks import CurriculumCallback, ProgressCallback
-from lrmt.training.checkpoint import POSITION_FILE
+from lrmt.training.checkpoint import FILES, POSITION_FILE, tensor_files
 from lrmt.training.collate import collate
 from lrmt.training.curriculum import Curriculum
 from lrmt.training.hub import push_folder
@@ -327,7 +327,8 @@ class LongContextTrainer(Trainer):
                 save_file(kept, temporary)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            write_whole(folder / POSITION_FILE, to_json(self.curriculum.state_dict() | {"identity": self.identity}))
+            position = self.curriculum.state_dict() | {"identity": self.identity, FILES: tensor_files(folder)}
+            write_whole(folder / POSITION_FILE, to_json(position))
             rotate_checkpoints(
                 output_dir=self.args.output_dir,
                 save_total_limit=limit,

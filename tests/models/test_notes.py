@@ -324,6 +324,25 @@ def test_passed_memories_and_what_they_should_say():
     assert torch.equal(begun[0], model.start(1))  # of as many rows alone
 
 
+@pytest.mark.parametrize("alignment", ["left", "right"])
+def test_what_a_passed_memory_says_is_noted_of_each_row(alignment):
+    """At the row's last hand-over, however long the others are; a text of one segment hands on what it began from."""
+    model = build_with("identity", state_passing=1.0, segment_alignment=alignment).train()
+    text, notes = ids(3, 4 * LENGTH - 2), draw_notes(rows=3, events=2, length=2 * LENGTH)
+    notes.ends[:, 0], notes.ends[0, 1] = 0, 3 * LENGTH - 1
+    mask = torch.ones_like(text)
+    mask[1, 2 * LENGTH :] = mask[2, LENGTH - 1 :] = 0
+    model(text, attention_mask=mask, labels=text, notes=notes)
+    read = [3 * LENGTH if alignment == "left" else 3 * LENGTH - 2, LENGTH, 0]
+    said = torch.stack([written_after(notes, row, tokens) for row, tokens in enumerate(read)])
+    assert torch.equal(model._passed.said, said)
+    short, memory = ids(3, LENGTH, seed=5), model._passed.memory
+    model(short, labels=short, notes=Notes(draw_notes(rows=3, events=1).ids, torch.zeros(3, 1).long()))
+    assert torch.equal(model._passed.memory, memory) and torch.equal(model._passed.said, said)
+    model(short, labels=short, notes=Notes(draw_notes(rows=3, events=1).ids, torch.full((3, 1), LENGTH - 1)))
+    assert torch.equal(model._passed.said, said)  # what this text tells it has not handed on
+
+
 def test_what_all_rows_begin_from_hangs_on_the_first_memory_all_the_same():
     """Or ranks that draw differently would have different gradients."""
     model, text = build_with("identity", state_passing=1.0).train(), ids(2, 2 * LENGTH)

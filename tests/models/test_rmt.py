@@ -216,6 +216,10 @@ def test_state_of_another_model_is_refused(tmp_path):
     with torch.no_grad():
         next(p for n, p in for_lora.named_parameters() if "lora_B" in n).mul_(2)
     assert for_lora.get_base_model().fingerprint() != before != model.fingerprint()
+    twins = copy.deepcopy(for_lora), copy.deepcopy(for_lora)
+    twins[1].get_base_model().get_submodule("backbone.model.layers.0.self_attn.q_proj").set_scale("default", 4)
+    with pytest.raises(UsageError, match="another model"):  # the same weights, that do something else
+        twins[1](ids(1, 3), state=twins[0].get_base_model().read(ids(1, 20)))
     (tmp_path / "half.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:100])
     with pytest.raises(UsageError, match="cannot be read"):
         model.load_state(tmp_path / "half.safetensors")

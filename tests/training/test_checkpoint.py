@@ -1,6 +1,7 @@
 """Adapters on disk: audited, small, without a trace of this machine, and opened as they were trained."""
 
 import json
+import shutil
 import socket
 from pathlib import Path
 
@@ -213,7 +214,17 @@ def test_half_an_adapter_is_refused(trained, tmp_path, name):
         lrmt.load(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["curriculum.json", "adapter_model.safetensors", "trainer_state.json"])
+PARTS = [
+    "curriculum.json",
+    "adapter_model.safetensors",
+    "trainer_state.json",
+    "optimizer.pt",
+    "scheduler.pt",
+    "rng_state.pth",
+]
+
+
+@pytest.mark.parametrize("name", PARTS)
 @pytest.mark.parametrize("cut", [True, False])
 def test_true_means_the_last_whole_checkpoint(trained, tmp_path, name, cut):
     _, folder = trained
@@ -234,6 +245,32 @@ def test_true_means_the_last_whole_checkpoint(trained, tmp_path, name, cut):
         UsageError, match=f"checkpoint-100: half-written, {name} {'cannot be read' if cut else 'is missing'}"
     ):
         find_checkpoint(tmp_path, str(broken.parent))
+
+
+@pytest.mark.parametrize("cut", [True, False])
+def test_passed_memories_belong_to_a_checkpoint(train_small, fp32_flags, tmp_path, cut):
+    flags = ["--state_passing", "0.5", "--stage_max_steps", "1", "--save_steps", "1"]
+    train_small(*fp32_flags, *flags, "--output_dir", tmp_path / "run")
+    broken = tmp_path / "run" / "checkpoint-2" / "method_0.safetensors"
+    content = broken.read_bytes()
+    broken.write_bytes(content[:-1]) if cut else broken.unlink()
+    told = f"half-written, method_0.safetensors {'cannot be read' if cut else 'is missing'}"
+    with pytest.raises(UsageError, match=told):
+        find_checkpoint(tmp_path / "run", str(broken.parent))
+    assert find_checkpoint(tmp_path / "run", "true").endswith("checkpoint-1")
+
+
+def test_an_older_checkpoint_does_not_say_which_files_it_has(trained, tmp_path):
+    _, folder = trained
+    checkpoint = shutil.copytree(folder / "checkpoint-6", tmp_path / "checkpoint-6")
+    position = json.loads((checkpoint / "curriculum.json").read_text())
+    assert position.pop("files") == ["adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "scheduler.pt"]
+    (checkpoint / "curriculum.json").write_text(json.dumps(position))
+    (checkpoint / "rng_state.pth").unlink()
+    assert find_checkpoint(tmp_path, "true") == str(checkpoint)
+    (checkpoint / "scheduler.pt").write_bytes((checkpoint / "scheduler.pt").read_bytes()[:-1])
+    with pytest.raises(UsageError, match="half-written, scheduler.pt cannot be read"):
+        find_checkpoint(tmp_path, str(checkpoint))
 
 
 def test_no_checkpoint_is_wanted_or_there(tmp_path):

@@ -7,6 +7,7 @@ import torch
 
 from lrmt.errors import UsageError
 from lrmt.models.notes import NotesScore
+from lrmt.models.weights import in_use
 from lrmt.tasks.base import Example, Note, Pieces
 from lrmt.training.notes import NotesMeter, collate_notes
 
@@ -70,6 +71,8 @@ def test_the_map_is_saved_and_resumed(train_small, fp32_flags, tmp_path):
     model = lrmt.load(tmp_path / "run")
     weight = model.get_base_model().handover.modules_to_save["default"].weight
     assert not torch.equal(weight, torch.eye(len(weight)))
+    with model.disable_adapter():  # the method untrained reads through the same map
+        assert torch.equal(in_use(model.get_base_model().handover).weight, weight)
     (tmp_path / "run" / "checkpoint-4" / "curriculum.json").unlink()
     again = train_small(*flags, "--resume_from_checkpoint", "true")
     assert logged(again, "loss")[-1:] == logged(whole, "loss")[-1:]
@@ -89,7 +92,9 @@ def test_the_map_is_saved_and_resumed(train_small, fp32_flags, tmp_path):
         ("--notes_weight 1 1 1", "`--notes_weight` must be one number, or one for each of 2 stages; got .1.0, 1.0, 1.0."),
         ("--notes_weight 1 --task text --text_path book.txt", "`--notes_weight` 1: the first texts of task text have nothing to note"),
         ("--notes_weight 1 --task dataset --dataset_name rows.jsonl", "`--notes_weight` 1: the first texts of task dataset have nothing"),
-        ("--notes_weight 1 --curriculum_stages 1", "`--notes_weight` 1: the first texts of task passkey have nothing to note"),
+        ("--notes_weight 1 --curriculum_stages 1", "no text of one segment hands on a memory.*got `--curriculum_stages` .1."),
+        ("--notes_weight 1 1 1 --dry_run", "`--notes_weight` must be one number, or one for each of 2 stages; got .1.0, 1.0, 1.0."),
+        ("--notes_weight 1 --curriculum_stages 1 --dry_run", "`--notes_weight` 1: no text of one segment hands on a memory"),
         ("--memory_handover mapped", "`--memory_handover` must be identity, scaled, aligned or tokens; got mapped"),
     ],
 )  # fmt: skip
@@ -122,9 +127,10 @@ def test_with_positions_the_memory_begins_with_nothing_said(train_small, fp32_fl
     torch.testing.assert_close(model.start(1)[0, 1], places[1] + end)
 
 
-def test_a_landmark_model_takes_no_notes(run_recipe, backbones, tmp_path):
+@pytest.mark.parametrize("dry_run", ["true", "false"])
+def test_a_landmark_model_takes_no_notes(run_recipe, backbones, tmp_path, dry_run):
     flags = ["--model_name_or_path", backbones["llama"], "--notes_weight", "1", "--context_length", "112"]
-    flags += ["--block_length", "16", "--num_digits", "2", "--output_dir", tmp_path / "run"]
+    flags += ["--block_length", "16", "--num_digits", "2", "--output_dir", tmp_path / "run", "--dry_run", dry_run]
     with pytest.raises(UsageError, match="`--notes_weight` 1: landmark writes no memory tokens"):
         run_recipe("landmark_llama", *flags)
 

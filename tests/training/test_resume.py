@@ -180,6 +180,7 @@ def test_finished_run_has_nothing_to_resume(train_small, fp32_flags, tmp_path, m
         (["--early_facts_share", "0.5"], "trained with early_facts_share 0.0; got `--early_facts_share` 0.5"),
         (["--lora_target_modules", "q_proj"], "trained with lora_target_modules None; got"),
         (["--lora_r", "3"], "trained with lora_r 4; got `--lora_r` 3"),
+        (["--notes_weight", "1", "0"], "trained with notes_weight .0.0, 0.0.; got `--notes_weight` .1.0, 0.0."),
         (
             ["--model_name_or_path", "MISTRAL"],
             "trained on another backbone .*llama.* than `--model_name_or_path` .*mistral",
@@ -193,6 +194,18 @@ def test_checkpoint_of_another_run_is_refused(trained, train_small, backbones, c
     with pytest.raises(UsageError, match=message):
         train_small("--save_steps", "3", "--output_dir", folder, "--resume_from_checkpoint", "true", *changed)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_an_older_checkpoint_does_not_say_what_notes_weighed(train_small, fp32_flags, tmp_path):
+    flags = [*fp32_flags, "--stage_max_steps", "1", "--save_steps", "1", "--output_dir", tmp_path / "run"]
+    train_small(*flags)
+    (tmp_path / "run" / "checkpoint-2" / "curriculum.json").unlink()
+    position = tmp_path / "run" / "checkpoint-1" / "curriculum.json"
+    told = json.loads(position.read_text())
+    del told["identity"]["notes_weight"]
+    position.write_text(json.dumps(told))
+    trainer = train_small(*flags, "--notes_weight", "1", "0", "--resume_from_checkpoint", "true")
+    assert trainer.state.global_step == 2 and trainer.notes_weight == [1, 0]
 
 
 def test_overwriting_begins_without_old_checkpoints(train_small, fp32_flags, tmp_path):
@@ -243,13 +256,38 @@ def test_training_starts_from_another_adapter(train_small, fp32_flags, tmp_path)
     before, after = weights(tmp_path / "easy"), weights(tmp_path / "hard")
     assert before.keys() == after.keys() and all(torch.equal(after[name], before[name]) for name in before)
     for changed, message in (
-        (["--lora_r", "3"], "`--init_adapter_path` .* of shape .*use the same `--lora_r`"),
+        (
+            ["--lora_r", "3"],
+            "`--init_adapter_path` .* was trained with lora_r 4; got `--lora_r` 3; give that of the adapter",
+        ),
+        (["--lora_alpha", "16"], "was trained with lora_alpha 8; got `--lora_alpha` 16; give that of the adapter"),
+        (["--use_rslora", "true"], "was trained with use_rslora False; got `--use_rslora` True"),
+        (["--use_dora", "true"], "was trained with use_dora False; got `--use_dora` True"),
+        (["--use_peft", "false"], "was trained with use_peft True; got `--use_peft` False"),
+        (
+            ["--lora_target_modules", "q_proj"],
+            "lora_target_modules down_proj .* v_proj; got `--lora_target_modules` q_proj; give",
+        ),
         (["--num_memory_tokens", "3"], r"of shape \[4, \d+\], this run \[3, \d+\]"),
         (["--init_adapter_path", tmp_path], "no adapter that training wrote"),
     ):
         with pytest.raises(UsageError, match=message):
             train_small(*fp32_flags, *start, *changed, "--output_dir", tmp_path / "refused")
         assert not (tmp_path / "refused").exists()
+    layers = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]  # all that are linear
+    same = train_small(*flags, "--lora_target_modules", *layers, "--output_dir", tmp_path / "same")
+    assert same.state.global_step > 0
+
+
+def test_training_starts_from_a_memory_without_lora(train_small, fp32_flags, tmp_path):
+    flags = [*fp32_flags, "--stage_max_steps", "1"]
+    train_small(*flags, "--use_peft", "false", "--output_dir", tmp_path / "easy")
+    flags += ["--init_adapter_path", tmp_path / "easy", "--learning_rate", "0"]
+    train_small(*flags, "--use_peft", "false", "--output_dir", tmp_path / "hard")
+    before, after = weights(tmp_path / "easy"), weights(tmp_path / "hard")
+    assert before.keys() == after.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    with pytest.raises(UsageError, match="was trained with use_peft False; got `--use_peft` True"):
+        train_small(*flags, "--output_dir", tmp_path / "refused")
 
 
 def test_a_larger_memory_goes_on_from_a_smaller_one(train_small, fp32_flags, tmp_path):
