@@ -217,7 +217,7 @@ def _check_notes(weights: list[float], config: LongContextConfig, curriculum: Cu
     if not config.note_length:
         raise UsageError(f"{told}: {config.model_type} writes no memory tokens that could say them; leave it out")
     longest, train = curriculum.stages[-1] * config.segment_length, tasks["train"]
-    for task in tasks.values():
+    for task in (part for split in tasks.values() for part in getattr(split, "tasks", [split])):
         if error := getattr(task, "wrong_notes", None):
             raise error
     written = longest - config.segment_length  # by the last segment that hands anything on

@@ -89,6 +89,7 @@ def test_the_map_is_saved_and_resumed(train_small, fp32_flags, tmp_path):
         ("--notes_weight 1 1 1", "`--notes_weight` must be one number, or one for each of 2 stages; got .1.0, 1.0, 1.0."),
         ("--notes_weight 1 --task text --text_path book.txt", "`--notes_weight` 1: the first texts of task text have nothing to note"),
         ("--notes_weight 1 --task dataset --dataset_name rows.jsonl", "`--notes_weight` 1: the first texts of task dataset have nothing"),
+        ("--notes_weight 1 --task passkey,dataset --dataset_name bad.jsonl", "bad.jsonl row 1: `notes` must be a text or a list"),
         ("--notes_weight 1 --curriculum_stages 1", "`--notes_weight` 1: the first texts of task passkey have nothing to note"),
         ("--memory_handover mapped", "`--memory_handover` must be identity, scaled, aligned or tokens; got mapped"),
     ],
@@ -100,6 +101,7 @@ def test_refused_before_weights_are_loaded(train_small, tmp_path, monkeypatch, f
     (tmp_path / "book.txt").write_text("\n".join(prose.write(300, 0)))
     row = {"input": "Nobody told.", "question": "Where is it?", "target": "here"}
     (tmp_path / "rows.jsonl").write_text(20 * (json.dumps(row) + "\n"))
+    (tmp_path / "bad.jsonl").write_text(20 * (json.dumps(row | {"notes": 5}) + "\n"))
     monkeypatch.setattr("lrmt.training.run.build_model", lambda *_, **__: pytest.fail("weights were loaded"))
     with pytest.raises(UsageError, match=expected):
         train_small("--output_dir", tmp_path / "run", *flags.split())
