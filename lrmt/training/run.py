@@ -221,7 +221,7 @@ def _check_notes(weights: list[float], config: LongContextConfig, curriculum: Cu
         if error := getattr(task, "wrong_notes", None):
             raise error
     written = longest - config.segment_length  # by the last segment that hands anything on
-    texts = (train.example(index, longest) for index in range(LOOKED_AT * len(getattr(train, "tasks", [train]))))
+    texts = [train.example(index, longest) for index in range(LOOKED_AT * len(getattr(train, "tasks", [train])))]
     if not any(
         0 < note.end <= max(written, len(text.prompt_ids) - config.segment_length)
         for text in texts
@@ -231,6 +231,10 @@ def _check_notes(weights: list[float], config: LongContextConfig, curriculum: Cu
             f"{told}: the first texts of task {train.name} have nothing to note before their last segment; leave it out, train on longer "
             "texts, or give rows a column `notes`, or targets that their input says"
         )
+    rows = [text for text in texts if text.task == "dataset"]
+    without = sum(not row.notes for row in rows)
+    if without and this_rank().is_main_process:
+        print(f"{told}: {without} of the first {len(rows)} rows have neither notes nor a target that their input says")
 
 
 # ---------------------------------------------------------------------- texts and model

@@ -1,6 +1,7 @@
 """Notes in training: a mean over the step's tokens whoever has them, logged by age, and refused where there are none."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -106,6 +107,19 @@ def test_refused_before_weights_are_loaded(train_small, tmp_path, monkeypatch, f
     with pytest.raises(UsageError, match=expected):
         train_small("--output_dir", tmp_path / "run", *flags.split())
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("task", ["dataset", "passkey,dataset"])
+def test_rows_without_notes_are_counted_once(train_small, tmp_path, monkeypatch, capsys, task):
+    said = [f"The key is {'here' if i % 2 else 'there'}. {'And so on. ' * 40}" for i in range(20)]
+    rows = [{"input": text, "question": "Where is it?", "target": "here"} for text in said]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr("lrmt.training.run.build_model", lambda *_, **__: (_ for _ in ()).throw(UsageError("so far")))
+    with pytest.raises(UsageError, match="so far"):
+        train_small("--notes_weight", "1", "--task", task, "--dataset_name", tmp_path / "rows.jsonl")
+    told = re.findall(r"`--notes_weight` 1: (\d+) of the first (\d+) rows have neither notes", capsys.readouterr().out)
+    ((without, looked_at),) = told
+    assert 0 < int(without) < int(looked_at) <= 16 + 16 * (task != "dataset")
 
 
 def test_the_memory_of_stories_begins_with_nobody_anywhere(train_small, fp32_flags, pieces):
