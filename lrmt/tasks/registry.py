@@ -28,7 +28,7 @@ class MixedTask(Task):
         self.tasks, self.split, self.seed = list(tasks), split, seed
         self.name = ",".join(task.name for task in tasks)
         self.max_new_tokens = max(task.max_new_tokens for task in tasks)
-        stories = [task for task in tasks if isinstance(task, BabilongTask) and task.cast]
+        stories = [task for task in tasks if getattr(task, "cast", ())]
         cast = list(dict.fromkeys(name for task in stories for name in task.cast))
         rooms = list(dict.fromkeys(name for task in stories for name in task.rooms))
         for task in stories:

@@ -177,6 +177,31 @@ def test_notes_of_a_mixture_begin_alike(tokenizer):
     assert all(e.notes[-1].text == e.target for e in examples if e.task == "passkey")
 
 
+def test_tasks_of_a_mixture_agree_on_a_sentence(tokenizer, tmp_path):
+    fact = babi.BabiSample(("Mary moved to the garden.",), "Where is Mary? ", "garden", ())
+    (tmp_path / "others.yaml").write_text("people: {Ann: she, Bob: he}")
+    for words in (None, str(tmp_path / "others.yaml")):
+        mixed = build_task("qa1,memorize,detect_memorize,reasoning,passkey", tokenizer, babi_vocabulary=words)
+        (note,) = {tuple(task.notes(fact)) for task in mixed.tasks[:3]}
+        assert "Mary garden" in note[0] and len(note[0].split()) == (12 if words else 8)
+        assert {mixed.example(index, 300).notes[0].text for index in range(20)} == {mixed.first_note}
+
+
+@pytest.mark.parametrize("test_file", [True, False])
+def test_splits_of_files_have_the_cast_of_training(tokenizer, tmp_path, test_file):
+    """Whoever is told of in the last of its stories alone; validation and test need not name all."""
+    stories = ["1 Ann went to the office.\n2 Where is Ann? \toffice\t1\n"] * 300
+    late = "1 Bob moved to the garden.\n2 Where is Bob? \tgarden\t1\n"
+    (tmp_path / "qa1_train.txt").write_text("".join([*stories, late]))
+    for name in ("valid", *["test"] * test_file):
+        (tmp_path / f"qa1_{name}.txt").write_text("".join(stories[:20]))
+    made = [build_task("qa1", tokenizer, split=split, babi_dir=tmp_path) for split in ("train", "validation", "test")]
+    assert {tuple(task.cast) for task in made} == {("Ann", "Bob")}
+    assert len({task.first_note for task in made}) == len({tuple(task.notes(made[2].samples[0])) for task in made}) == 1
+    (tmp_path / "qa1_train.txt").unlink()
+    assert build_task("qa1", tokenizer, split="test", babi_dir=tmp_path).cast == ["Ann"]
+
+
 def test_a_word_of_a_cast_is_one_token(tokenizer, tmp_path):
     """The first of a longer one, where that tells words apart."""
     made = build_task("qa1", tokenizer, split="train")
