@@ -200,11 +200,13 @@ def _check_method(
 
 
 def _check_passing(share: float, task: str) -> None:
-    """Raises `UsageError` for stories that would go on from the memory of another story: with that, answers and notes are others."""
-    stories = [part for part in map(str.strip, task.split(",")) if part in BABI]
-    if share and stories:
+    """Raises `UsageError` for texts that would go on from the memory of another: with that, answers and notes of some are others."""
+    parts = [part.strip() for part in task.split(",")]
+    stories = [part for part in parts if part in BABI]
+    kinds = [f"a story of {', '.join(stories)}"] * bool(stories) + ["a row of --dataset_name"] * ("dataset" in parts)
+    if share and kinds:
         raise UsageError(
-            f"`--state_passing` {share:g}: what is true at the end of a story of {', '.join(stories)} depends on all of it, so none "
+            f"`--state_passing` {share:g}: what is true at the end of {' or '.join(kinds)} depends on all of it, so none "
             "can go on from the memory of another; set `--state_passing 0`"
         )
 

@@ -197,7 +197,10 @@ def test_the_meter_tells_by_age():
 
 
 @pytest.mark.parametrize("dry_run", ["true", "false"])
-@pytest.mark.parametrize("task", ["qa1", "passkey, qa7"])
+@pytest.mark.parametrize("task", ["qa1", "passkey, qa7", "dataset", "passkey,dataset"])
 def test_no_story_goes_on_from_another(train_small, task, dry_run):
-    with pytest.raises(UsageError, match="`--state_passing` 0.5: .* a story of qa[17] .*; set `--state_passing 0`"):
-        train_small("--task", task, "--state_passing", "0.5", "--dry_run", dry_run)
+    """Nor a row of the user's own."""
+    rows = ["--dataset_name", "rows.jsonl"] if "dataset" in task else []
+    what = "a row of --dataset_name" if rows else "a story of qa[17]"
+    with pytest.raises(UsageError, match=f"`--state_passing` 0.5: .* {what} .*; set `--state_passing 0`"):
+        train_small("--task", task, *rows, "--state_passing", "0.5", "--dry_run", dry_run)
