@@ -138,6 +138,4 @@ def _find_file(folder: Path, name: str, suffix: str, required: bool = False) -> 
             return found
     if not required:
         return None
-    if not folder.is_dir():
-        raise UsageError(f"--babi_dir {folder} is not a folder; give the one with the bAbI text files")
     raise UsageError(f"--babi_dir {folder} has no {name}_{suffix}.txt; it holds: {listing(folder, limit=12)}")

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from lrmt.errors import UsageError, suggest
 from lrmt.tasks import names
@@ -67,6 +68,8 @@ def build_task(
         if part not in names.TASKS:
             known = f"{names.KNOWN_TASKS}{suggest(part.lower(), names.TASKS)}"
             raise UsageError(f"--task {part!r} is unknown; known: {known}")
+    if options.babi_dir is not None and not Path(options.babi_dir).is_dir():  # whatever reads it
+        raise UsageError(f"--babi_dir {options.babi_dir} is not a folder; give the one with the bAbI text files")
     if background is None and not _HAYSTACKS.keys().isdisjoint(parts):
         background = open_background(tokenizer, options, split=split, seed=seed)
     common = {"split": split, "seed": seed, "segment_length": segment_length}
