@@ -27,6 +27,8 @@ from lrmt.tasks.options import (
 )
 from lrmt.unsupported import MODEL, TRAINING, refuse_unsupported, refuse_values
 
+_OF_FILES = {"text": "text_path", "dataset": "dataset_name"}  # tasks that a path alone names
+
 
 def _check_counts(arguments, *names: str) -> None:
     for name in names:
@@ -122,18 +124,12 @@ class TaskArguments(
                 f"`--text_path` and `--dataset_name` are two tasks; got {self.text_path} and {self.dataset_name}. Name one"
             )
         names = [name.strip() for name in self.task.split(",")]
-        if self.text_path is not None and "text" not in names:
-            self.task = "text"
-        elif self.text_path is None and self.dataset_name is None and "text" in names:
-            raise UsageError(
-                f"`--task {self.task}` needs `--text_path`; got none. Name a folder of .txt files, a file or a Hub id"
-            )
-        if self.dataset_name is not None:
-            self.task = "dataset"
-        elif self.task == "dataset":
-            raise UsageError(
-                "`--task dataset` needs `--dataset_name`; got none. Name a JSONL or Parquet file or a Hub id"
-            )
+        for name, path in _OF_FILES.items():
+            if getattr(self, path) is not None and name not in names:
+                self.task, names = name, [name]
+        for name, path in _OF_FILES.items():
+            if getattr(self, path) is None and name in names:
+                raise UsageError(f"`--task {self.task}` needs `--{path}`; got none. Name a file, a folder or a Hub id")
 
 
 @dataclass

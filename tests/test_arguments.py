@@ -8,6 +8,7 @@ from lrmt.arguments import CurriculumArguments, ModelArguments, TaskArguments, T
 from lrmt.errors import UsageError
 from lrmt.flags import Group, parse_arguments
 from lrmt.models import METHODS, RmtConfig
+from lrmt.training.recipe import parse_recipe
 
 RMT = Group("RMT", RmtConfig, RmtConfig.own_settings())
 OURS = (ModelArguments, TaskArguments, RMT, CurriculumArguments, TrainingArguments)
@@ -53,8 +54,25 @@ def test_config_flag_takes_either_form(parse, tmp_path):
 
 def test_a_dataset_is_its_own_task(parse):
     assert parse("--dataset_name", "rows.jsonl")[1].task == "dataset"
-    with pytest.raises(UsageError, match="--dataset_name"):
-        parse("--task", "dataset")
+    assert parse("--text_path", "books")[1].task == "text"
+    assert parse("--dataset_name", "rows.jsonl", yaml="task: text")[1].task == "dataset"
+    for task in ("dataset", "passkey, dataset"):
+        with pytest.raises(UsageError, match=f"`--task {task}` needs `--dataset_name`; got none"):
+            parse("--task", task)
+        assert parse("--task", task, "--dataset_name", "rows.jsonl")[1].task == task  # mixed
+
+
+def test_a_task_of_the_command_line_is_not_dropped(tmp_path):
+    (tmp_path / "default.yaml").write_text("task: passkey")
+
+    def task_of(*args):
+        return parse_recipe("rmt", default_config=tmp_path / "default.yaml", args=args)[3].task
+
+    assert task_of("--dataset_name", "rows.jsonl") == "dataset"  # that of a file makes way
+    assert task_of("--task=qa1,dataset", "--dataset_name", "rows.jsonl") == "qa1,dataset"
+    for path, name in (("--dataset_name", "dataset"), ("--text_path", "text")):
+        with pytest.raises(UsageError, match=f"`--task qa1` is another task than `{path} x`; .*`--task qa1,{name}`"):
+            task_of("--task", "qa1", path, "x")
 
 
 def test_every_field_of_ours_is_documented_and_rmt_fields_are_the_configs(parse):

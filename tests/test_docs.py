@@ -14,6 +14,7 @@ import yaml
 import lrmt
 from lrmt.cli import parse as parse_lrmt
 from lrmt.training import recipe
+from lrmt.training.run import _check_passing as check_passing
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -86,7 +87,8 @@ def test_commands_parse(where, line, monkeypatch):
         script = next(i for i, word in enumerate(flags) if word.endswith(".py"))
         if "--config_file" in flags[:script]:
             assert (ROOT / flags[flags.index("--config_file") + 1]).is_file()
-        settings_of(ROOT / flags[script], flags[script + 1 :], monkeypatch)
+        _, settings, _, task, *_ = settings_of(ROOT / flags[script], flags[script + 1 :], monkeypatch)
+        check_passing(settings.get("state_passing", 0), task.task)
     elif program == "python":
         text = (ROOT / flags[0]).read_text()
         assert all(f'"{flag}"' in text for flag in flags[1:] if flag.startswith("--"))

@@ -1,7 +1,7 @@
 """BABILong: the facts of a bAbI question hidden, in order, between sentences of background text."""
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,6 @@ from lrmt.tasks.names import TASK_LABELS, is_answer
 from lrmt.tasks.options import TaskOptions
 
 _MAX_STORIES = 10_000  # simulated stories tried before a length counts as too short
-LOOKED_AT = 200  #: samples of a file, for who is in its stories
 
 
 class BabilongTask(HaystackTask):
@@ -59,13 +58,7 @@ class BabilongTask(HaystackTask):
             answers, questions = {s.answer for s in self.samples}, {s.question for s in self.samples}
             self.num_tokens = np.array([self.size(s, whole=True) for s in self.samples])
         self._check_segment(questions, answers)
-        self.set_cast(*babi.find_cast(name, self.vocabulary, [s.facts for s in (self.samples or [])[:LOOKED_AT]]))
-
-    def set_cast(self, cast: Sequence[str], rooms: Sequence[str]) -> None:
-        """Who, and what, has a place in notes from the start, and the rooms where they can be."""
-        self.cast, self.rooms = cast, rooms
-        self._short = self._shorten(" ".join([babi.first_note(cast), *rooms]).split())
-        self.first_note = self._short_note(babi.first_note(cast))
+        self.set_cast(*babi.find_cast(name, self.vocabulary, [] if babi_dir is None else [self._facts(Path(babi_dir))]))
 
     def num_examples(self, length: int) -> int | None:
         return None if self.samples is None else len(self._fits(length, True))
@@ -83,20 +76,15 @@ class BabilongTask(HaystackTask):
 
     def notes(self, sample: babi.BabiSample) -> Sequence[str]:
         try:
-            return [self._short_note(note) for note in babi.take_notes(sample.facts, self.name, self.cast)]
+            return self._take_notes(sample.facts, self.name)
         except ValueError:  # files of the user's own making
             return super().notes(sample)
 
-    def _shorten(self, words: Iterable[str]) -> dict[str, str]:
-        """For each word its first token as text, where that tells all of them apart: in notes that have a place for everybody a second
-        token of one would move the places of all who follow.
-        """
-        short = {word: self.pieces.tokenizer.decode(self.pieces(word)[:1]).strip() for word in words}
-        sizes = {len(self.pieces(text)) if text else 0 for text in short.values()}
-        return short if sizes == {1} and len({*short.values()}) == len(short) else {}
-
-    def _short_note(self, note: str) -> str:
-        return " ".join(self._short.get(word, word) for word in note.split())
+    def _facts(self, folder: Path) -> list[str]:
+        """Every sentence that training knows: notes of all splits have the same places."""
+        path = _find_file(folder, self.name, "train")
+        samples = self.samples if path is None else babi.read(path)
+        return list(dict.fromkeys(fact for sample in samples for fact in sample.facts))
 
     def _fits(self, length: int, whole: bool) -> np.ndarray:
         """Indices of the samples of the file that fit into `length` tokens, in file order."""
@@ -150,6 +138,4 @@ def _find_file(folder: Path, name: str, suffix: str, required: bool = False) -> 
             return found
     if not required:
         return None
-    if not folder.is_dir():
-        raise UsageError(f"--babi_dir {folder} is not a folder; give the one with the bAbI text files")
     raise UsageError(f"--babi_dir {folder} has no {name}_{suffix}.txt; it holds: {listing(folder, limit=12)}")

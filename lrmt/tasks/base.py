@@ -23,7 +23,8 @@ class Note(NamedTuple):
 class Example:
     """One tokenised sample: `prompt_ids` int64 [P] (context, question), `answer_ids` int64 [A] (answer, EOS).
 
-    `take_notes` makes its `notes`, only where they are asked for; until the first of them `first_note` holds.
+    `take_notes` makes its `notes`, only where they are asked for; until the first of them `first_note` holds. One at 0 alone says
+    that there is nothing to note.
     """
 
     prompt_ids: np.ndarray
@@ -38,7 +39,7 @@ class Example:
     def notes(self) -> tuple[Note, ...]:
         """What should be known along the way, each until the next, from the beginning on; none at all where a task has none."""
         notes = tuple(self.take_notes())
-        return (Note(0, self.first_note), *notes) if notes and notes[0].end > 0 else notes
+        return (Note(0, self.first_note), *(note for note in notes if note.end)) if notes else ()
 
 
 class Task(ABC):
@@ -108,6 +109,15 @@ class Pieces:
         encoded = encode_plain(self.tokenizer, [self.prefix + text.strip() for text in texts])
         return [np.array(ids, dtype=np.int64) for ids in encoded]
 
+    def count(self, text: str, ends: Sequence[int]) -> list[int]:
+        """How many tokens of one piece hold the first `end` letters of its text, for each of `ends`."""
+        if not getattr(self.tokenizer, "is_fast", False):  # which do not say where their tokens stand
+            return [len(ids) for ids in self.encode([text[:end] for end in ends])]
+        (spans,) = encode_plain(self.tokenizer, [self.prefix + text.strip()], "offset_mapping")
+        before = len(self.prefix) - (len(text) - len(text.lstrip()))
+        letters = [before + len(text[:end].rstrip()) for end in ends]
+        return np.searchsorted([begin for begin, _ in spans], letters).tolist()
+
     def answer(self, text: str) -> np.ndarray:
         """Ids int64 [A] of an answer, EOS last."""
         return np.append(self(text), self.tokenizer.eos_token_id)
@@ -117,12 +127,14 @@ class Pieces:
         return self.tokenizer.decode(self(text), skip_special_tokens=True).strip()
 
 
-def encode_plain(tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    """Ids of texts as they are: what spells a special token in them is text."""
+def encode_plain(tokenizer, texts: Sequence[str], wanted: str = "input_ids") -> list[list]:
+    """Ids of texts as they are, or their "offset_mapping": what spells a special token in them is text."""
     options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
     if type(tokenizer).__name__ != "MistralCommonBackend":  # which knows no other way, and refuses to be told
         options["split_special_tokens"] = True
-    return tokenizer(texts, **options)["input_ids"]
+    if wanted == "offset_mapping":
+        options["return_offsets_mapping"] = True
+    return tokenizer(texts, **options)[wanted]
 
 
 def join(pieces: Iterable[np.ndarray]) -> np.ndarray:

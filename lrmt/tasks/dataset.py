@@ -14,6 +14,7 @@ from lrmt.lengths import parse_tokens, spell_length
 from lrmt.tasks.base import Example, Note, Pieces, Task, check_segment, epoch_order, hold_out, join
 from lrmt.tasks.names import LABELS, is_answer
 from lrmt.tasks.options import TaskOptions
+from lrmt.tasks.words import find_words
 
 COLUMNS = ("input", "question", "target")  # the public BABILong schema
 CARD = "README.md"  # which says what is in a folder
@@ -93,21 +94,24 @@ class DatasetTask(Task):
         take_notes = partial(self._take_notes, row) if self._notes else tuple
         return Example(join([context, question]), answer, self.questions[row].strip(), target, self.name, take_notes)
 
-    def _read_notes(self, row: dict, where: str) -> list[tuple[int, str]]:
+    def _read_notes(self, row: dict, where: str) -> list[tuple[int, str]] | None:
         try:
             return _notes_of(row, where)
         except UsageError as error:
             self.wrong_notes = self.wrong_notes or error
-            return []
+            return None
 
     def _take_notes(self, row: int) -> list[Note]:
         """The row's own notes, each from the end of what it comes after; without any, the target from where the text first says it."""
         text, target = self.inputs[row], self.targets[row]
         told = self._notes[row]
-        if not told and (said := _find(target, text)):
+        if told is None:
+            said = find_words(target, text)
+            if not said:
+                return []
             told = [(said, target.strip())]
-        read = map(len, self.pieces.encode([text[:end] for end, _ in told]))
-        return [Note(tokens, note) for tokens, (_, note) in zip(read, told, strict=True)]
+        read = self.pieces.count(text, [end for end, _ in told])
+        return [Note(0, self.first_note), *(Note(tokens, note) for tokens, (_, note) in zip(read, told, strict=True))]
 
     def choose(self, index: int, length: int = 0) -> int:
         """The row that `index` meets."""
@@ -260,21 +264,17 @@ def _load(name: str, config: str | None, split: str, **options) -> list[tuple[in
         raise UsageError(f"cannot load {at}: {one_line(error)}") from error
 
 
-def _find(words: str, text: str) -> int:
-    """Where the text has first said the words, not as a part of others; 0 if it never does."""
-    found = re.search(rf"(?<!\w){re.escape(words.strip())}(?!\w)", text)
-    return found.end() if found else 0
-
-
-def _notes_of(row: dict, where: str) -> list[tuple[int, str]]:
-    """The column `notes`, a text or a list of `{after, notes}`: each note, and after how many characters of the input it holds."""
+def _notes_of(row: dict, where: str) -> list[tuple[int, str]] | None:
+    """The column `notes`, a text or a list of `{after, notes}`: each note, and after how many characters of the input it holds. None where
+    nothing is said of notes; an empty list says that there is nothing to note.
+    """
     given = row.get("notes")
     if given is None:
-        return []
+        return None
     said = given
     if isinstance(given, str):
         note = _text_of(row, "notes", where)
-        end = _find(note, row["input"]) or _find(row["target"], row["input"])
+        end = find_words(note, row["input"]) or find_words(row["target"], row["input"])
         if not end:
             raise UsageError(
                 f"{where}: the input says neither its `notes`, {note[:60]!r}, nor its target; give a list of {{after, notes}}, each after "

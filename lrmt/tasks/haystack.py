@@ -1,13 +1,14 @@
 """Facts hidden, in order, between sentences of background text: what BABILong and the needle tasks share."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, zip_longest
 
 import numpy as np
 
+from lrmt.tasks import babi
 from lrmt.tasks.babi import BabiSample
 from lrmt.tasks.background import Background
 from lrmt.tasks.base import Example, Note, Pieces, Task, check_segment, derive_rng, join, start_of_last_segment
@@ -66,6 +67,13 @@ class HaystackTask(Task):
         self.early_facts_share = options.early_facts_share if split == "train" and segment_length else 0.0
         self.pieces = Pieces(tokenizer)
         self.opening_ids = join([self.pieces(self.opening)] if self.opening else [])
+        self.set_cast((), ())
+
+    def set_cast(self, cast: Sequence[str], rooms: Sequence[str]) -> None:
+        """Who, and what, has a place in notes from the start, and the rooms where they can be."""
+        self.cast, self.rooms = cast, rooms
+        self._short = self._shorten(" ".join([babi.first_note(cast), *rooms]).split())
+        self.first_note = self._short_note(babi.first_note(cast))
 
     def _check_segment(self, questions: Sequence[str], answers: Sequence[str]) -> None:
         """Make room for the longest of the answers, and see that the longest question and it fit into a segment."""
@@ -80,6 +88,21 @@ class HaystackTask(Task):
     def notes(self, sample: BabiSample) -> Sequence[str]:
         """What a perfect reader would have written down after each fact: here, what was told, the latest first."""
         return [" ".join(reversed(sample.facts[: i + 1])) for i in range(len(sample.facts))]
+
+    def _take_notes(self, facts: Sequence[str], task: str) -> list[str]:
+        """Where everybody is after each of the facts of a bAbI task. Raises ValueError for those that are of none."""
+        return [self._short_note(note) for note in babi.take_notes(facts, task, self.cast)]
+
+    def _shorten(self, words: Iterable[str]) -> dict[str, str]:
+        """For each word its first token as text, where that tells all of them apart: in notes that have a place for everybody a second
+        token of one would move the places of all who follow.
+        """
+        short = {word: self.pieces.tokenizer.decode(self.pieces(word)[:1]).strip() for word in words}
+        sizes = {len(self.pieces(text)) if text else 0 for text in short.values()}
+        return short if sizes == {1} and len({*short.values()}) == len(short) else {}
+
+    def _short_note(self, note: str) -> str:
+        return " ".join(self._short.get(word, word) for word in note.split())
 
     def num_rows(self, length: int) -> int | None:
         """How many different rows there are at this length; None when they never end."""

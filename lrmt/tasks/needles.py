@@ -79,11 +79,13 @@ class MemoryTask(SampledTask):
             if options.task_end_pct == 1:
                 options = replace(options, depth=0.0)
         super().__init__(name, tokenizer, background, options, **kwargs)
+        self._like = "qa4" if name == "reasoning" else "qa1"  # whose sentences its facts are
+        self.set_cast(*babi.find_cast(self._like))
         rng = np.random.default_rng(0)
         self._check_segment([self.invent(rng).question for _ in range(50)], babi.ROOMS)
 
     def notes(self, sample: BabiSample) -> Sequence[str]:
-        return babi.take_notes(sample.facts, "qa4" if self.name == "reasoning" else "qa1")
+        return self._take_notes(sample.facts, self._like)
 
     def invent(self, rng: np.random.Generator) -> BabiSample:
         if self.name != "reasoning":

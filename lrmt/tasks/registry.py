@@ -30,7 +30,7 @@ class MixedTask(Task):
         self.tasks, self.split, self.seed = list(tasks), split, seed
         self.name = ",".join(task.name for task in tasks)
         self.max_new_tokens = max(task.max_new_tokens for task in tasks)
-        stories = [task for task in tasks if isinstance(task, BabilongTask) and task.cast]
+        stories = [task for task in tasks if getattr(task, "cast", ())]
         cast = list(dict.fromkeys(name for task in stories for name in task.cast))
         rooms = list(dict.fromkeys(name for task in stories for name in task.rooms))
         for task in stories:
@@ -84,6 +84,8 @@ def check_sources(name: str, options: TaskOptions) -> list[str]:
         if part not in names.TASKS:
             known = f"{names.KNOWN_TASKS}{suggest(part.lower(), names.TASKS)}"
             raise UsageError(f"--task {part!r} is unknown; known: {known}")
+    if options.babi_dir is not None and not Path(options.babi_dir).is_dir():  # whatever reads it
+        raise UsageError(f"--babi_dir {options.babi_dir} is not a folder; give the one with the bAbI text files")
     if "dataset" in parts and options.dataset_name and is_file_of_rows(options):
         check_file(Path(options.dataset_name).expanduser())
     if "text" in parts and options.text_path and looks_local(options.text_path):

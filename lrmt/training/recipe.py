@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+import sys
 from collections.abc import Sequence
 
 from lrmt.arguments import CurriculumArguments, ModelArguments, TaskArguments, TrainingArguments
-from lrmt.errors import exit_on_error
+from lrmt.errors import UsageError, exit_on_error
 from lrmt.flags import Group, parse_arguments
 from lrmt.models import METHODS
 from lrmt.training.run import train
@@ -44,4 +46,17 @@ def parse_recipe(
         description=description,
         args=args,
     )
+    _check_task(task, sys.argv[1:] if args is None else args)
     return model_class, settings, model, task, curriculum, training
+
+
+def _check_task(task: TaskArguments, words: Sequence[str]) -> None:
+    """Raises `UsageError` for a task of the command line, unlike one of a file, whose place a path would take."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--task", default=task.task)
+    asked = parser.parse_known_args(words)[0].task
+    if asked != task.task:
+        path = f"--text_path {task.text_path}" if task.task == "text" else f"--dataset_name {task.dataset_name}"
+        raise UsageError(
+            f"`--task {asked}` is another task than `{path}`; leave one of them out, or mix them: `--task {asked},{task.task}`"
+        )

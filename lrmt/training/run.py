@@ -208,11 +208,13 @@ def _check_method(
 
 
 def _check_passing(share: float, task: str) -> None:
-    """Raises `UsageError` for stories that would go on from the memory of another story: with that, answers and notes are others."""
-    stories = [part for part in map(str.strip, task.split(",")) if part in BABI]
-    if share and stories:
+    """Raises `UsageError` for texts that would go on from the memory of another: with that, answers and notes of some are others."""
+    parts = [part.strip() for part in task.split(",")]
+    stories = [part for part in parts if part in BABI]
+    kinds = [f"a story of {', '.join(stories)}"] * bool(stories) + ["a row of --dataset_name"] * ("dataset" in parts)
+    if share and kinds:
         raise UsageError(
-            f"`--state_passing` {share:g}: what is true at the end of a story of {', '.join(stories)} depends on all of it, so none "
+            f"`--state_passing` {share:g}: what is true at the end of {' or '.join(kinds)} depends on all of it, so none "
             "can go on from the memory of another; set `--state_passing 0`"
         )
 
@@ -246,11 +248,11 @@ def _check_notes(weights: list[float], config: LongContextConfig, curriculum: Cu
     if not any(weights):
         return
     longest, train = curriculum.stages[-1] * config.segment_length, tasks["train"]
-    for task in tasks.values():
+    for task in (part for split in tasks.values() for part in getattr(split, "tasks", [split])):
         if error := getattr(task, "wrong_notes", None):
             raise error
     written = longest - config.segment_length  # by the last segment that hands anything on
-    texts = (train.example(index, longest) for index in range(LOOKED_AT * len(getattr(train, "tasks", [train]))))
+    texts = [train.example(index, longest) for index in range(LOOKED_AT * len(getattr(train, "tasks", [train])))]
     if not any(
         0 < note.end <= max(written, len(text.prompt_ids) - config.segment_length)
         for text in texts
@@ -260,6 +262,10 @@ def _check_notes(weights: list[float], config: LongContextConfig, curriculum: Cu
             f"{told}: the first texts of task {train.name} have nothing to note before their last segment; leave it out, train on longer "
             "texts, or give rows a column `notes`, or targets that their input says"
         )
+    rows = [text for text in texts if text.task == "dataset"]
+    without = sum(not row.notes for row in rows)
+    if without and this_rank().is_main_process:
+        print(f"{told}: {without} of the first {len(rows)} rows have neither notes nor a target that their input says")
 
 
 # ---------------------------------------------------------------------- texts and model

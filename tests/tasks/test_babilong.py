@@ -202,6 +202,12 @@ def test_bad_options_are_refused(tokenizer, prose, tmp_path, babi_dir):
             build_task("qa1", tokenizer, background=prose, **options)
 
 
+def test_a_folder_that_is_none_is_refused_whatever_reads_it(tokenizer, tmp_path):
+    with pytest.raises(UsageError, match="--babi_dir .*none is not a folder; give the one"):
+        build_task("passkey", tokenizer, babi_dir=tmp_path / "none")
+    build_task("passkey", tokenizer, babi_dir=tmp_path)  # it may be of other tasks
+
+
 def test_the_test_split_prefers_a_test_file_and_knows_the_archives_names(tokenizer, prose, babi_dir):
     def first(split):
         return build_task("qa1", tokenizer, background=prose, split=split, babi_dir=babi_dir).example(0, 0).target

@@ -6,7 +6,8 @@ from itertools import pairwise
 import pytest
 
 from lrmt.errors import UsageError
-from lrmt.tasks import babi
+from lrmt.tasks import babi, base
+from lrmt.tasks.base import encode_plain
 from lrmt.tasks.names import BABI
 from lrmt.tasks.options import TaskOptions
 from lrmt.tasks.registry import build_task
@@ -158,7 +159,9 @@ def test_a_pass_key_is_whole_on_one_side_of_any_cut(tokenizer):
     for index in range(20):
         example = made.example(index, 300)
         (_, note) = example.notes
-        read, rest = (tokenizer.decode(part) for part in (example.prompt_ids[: note.end], example.prompt_ids[note.end - 1 :]))
+        read, rest = (
+            tokenizer.decode(part) for part in (example.prompt_ids[: note.end], example.prompt_ids[note.end - 1 :])
+        )
         assert read.endswith(f"The pass key is {note.text}.") and f" {note.text} is the pass key." in rest
         assert read.count(note.text) == 1
 
@@ -172,6 +175,31 @@ def test_notes_of_a_mixture_begin_alike(tokenizer):
     things = [e for e in examples if e.task in ("qa1", "qa2")]
     assert all(e.notes[-1].text.split()[::2] == alone.first_note.split()[::2] for e in things)
     assert all(e.notes[-1].text == e.target for e in examples if e.task == "passkey")
+
+
+def test_tasks_of_a_mixture_agree_on_a_sentence(tokenizer, tmp_path):
+    fact = babi.BabiSample(("Mary moved to the garden.",), "Where is Mary? ", "garden", ())
+    (tmp_path / "others.yaml").write_text("people: {Ann: she, Bob: he}")
+    for words in (None, str(tmp_path / "others.yaml")):
+        mixed = build_task("qa1,memorize,detect_memorize,reasoning,passkey", tokenizer, babi_vocabulary=words)
+        (note,) = {tuple(task.notes(fact)) for task in mixed.tasks[:3]}
+        assert "Mary garden" in note[0] and len(note[0].split()) == (12 if words else 8)
+        assert {mixed.example(index, 300).notes[0].text for index in range(20)} == {mixed.first_note}
+
+
+@pytest.mark.parametrize("test_file", [True, False])
+def test_splits_of_files_have_the_cast_of_training(tokenizer, tmp_path, test_file):
+    """Whoever is told of in the last of its stories alone; validation and test need not name all."""
+    stories = ["1 Ann went to the office.\n2 Where is Ann? \toffice\t1\n"] * 300
+    late = "1 Bob moved to the garden.\n2 Where is Bob? \tgarden\t1\n"
+    (tmp_path / "qa1_train.txt").write_text("".join([*stories, late]))
+    for name in ("valid", *["test"] * test_file):
+        (tmp_path / f"qa1_{name}.txt").write_text("".join(stories[:20]))
+    made = [build_task("qa1", tokenizer, split=split, babi_dir=tmp_path) for split in ("train", "validation", "test")]
+    assert {tuple(task.cast) for task in made} == {("Ann", "Bob")}
+    assert len({task.first_note for task in made}) == len({tuple(task.notes(made[2].samples[0])) for task in made}) == 1
+    (tmp_path / "qa1_train.txt").unlink()
+    assert build_task("qa1", tokenizer, split="test", babi_dir=tmp_path).cast == ["Ann"]
 
 
 def test_a_word_of_a_cast_is_one_token(tokenizer, tmp_path):
@@ -232,6 +260,41 @@ def test_words_are_found_as_words(tmp_path, tokenizer):
     row = {"input": "Nobody knows. There is no key.", "target": "no"}
     assert told(rows_task(tmp_path, tokenizer, row), tokenizer) == [("Nobody knows. There is no", "no")]
     assert told(rows_task(tmp_path, tokenizer, row | {"target": "key \n"}), tokenizer)[0][1] == "key"
+
+
+def test_a_target_in_text_without_spaces(tmp_path, tokenizer):
+    row = {"input": "钥匙在厨房里。", "target": "厨房"}
+    assert told(rows_task(tmp_path, tokenizer, row), tokenizer) == [("钥匙在厨房", "厨房")]
+
+
+def test_an_empty_list_says_that_there_is_nothing_to_note(tmp_path, tokenizer):
+    """And not that nothing is said of notes, which null says."""
+    nothing, unsaid = ({"notes": notes} for notes in ([], None))
+    assert rows_task(tmp_path, tokenizer, nothing).example(0, 0).notes == ((0, ""),)
+    assert told(rows_task(tmp_path, tokenizer, unsaid), tokenizer) == [("The key is under the mat", "under the mat")]
+    rows_task(tmp_path, tokenizer, *[nothing] * 2)
+    mixed = build_task(
+        "qa1,dataset", tokenizer, TaskOptions(dataset_name=str(tmp_path / "rows.jsonl")), segment_length=64
+    )
+    rows = [e for e in (mixed.example(index, 64) for index in range(20)) if e.task == "dataset"]
+    assert rows and {e.notes for e in rows} == {((0, mixed.first_note),)}
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_notes_hold_from_the_tokens_of_what_they_come_after(tmp_path, tokenizer, monkeypatch, fast):
+    """A text is read once more, however many notes it has."""
+    sentences = [f"Key {i}\u00a0lies  under the grey mat no. {i}, or café {i}.\n" for i in range(60)]
+    notes = [{"after": f"mat no. {i}" if i % 2 else f"café {i}.\n", "notes": str(i)} for i in range(60)]
+    task = rows_task(tmp_path, tokenizer, {"input": "  " + "".join(sentences), "notes": notes})
+    monkeypatch.setattr(type(tokenizer), "is_fast", fast)
+    found = told(task, tokenizer)
+    assert [note for _, note in found] == [str(i) for i in range(60)]
+    assert all(text.endswith(note["after"].strip()) for (text, _), note in zip(found, notes, strict=True))
+    if fast:
+        read = []
+        monkeypatch.setattr(base, "encode_plain", lambda t, texts, *a: read.extend(texts) or encode_plain(t, texts, *a))
+        assert len(task.example(0, 0).notes) == 61
+        assert sum(map(len, read)) < 3 * len("".join(sentences))
 
 
 def test_a_list_says_where_each_note_begins(tmp_path, tokenizer):

@@ -1,6 +1,7 @@
 """Notes in training: a mean over the step's tokens whoever has them, logged by age, and refused where there are none."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -95,6 +96,7 @@ def test_the_map_is_saved_and_resumed(train_small, fp32_flags, tmp_path):
         ("--notes_weight 1 --curriculum_stages 1", "no text of one segment hands on a memory.*got `--curriculum_stages` .1."),
         ("--notes_weight 1 1 1 --dry_run", "`--notes_weight` must be one number, or one for each of 2 stages; got .1.0, 1.0, 1.0."),
         ("--notes_weight 1 --curriculum_stages 1 --dry_run", "`--notes_weight` 1: no text of one segment hands on a memory"),
+        ("--notes_weight 1 --task passkey,dataset --dataset_name bad.jsonl", "bad.jsonl row 1: `notes` must be a text or a list"),
         ("--memory_handover mapped", "`--memory_handover` must be identity, scaled, aligned or tokens; got mapped"),
     ],
 )  # fmt: skip
@@ -105,10 +107,24 @@ def test_refused_before_weights_are_loaded(train_small, tmp_path, monkeypatch, f
     (tmp_path / "book.txt").write_text("\n".join(prose.write(300, 0)))
     row = {"input": "Nobody told.", "question": "Where is it?", "target": "here"}
     (tmp_path / "rows.jsonl").write_text(20 * (json.dumps(row) + "\n"))
+    (tmp_path / "bad.jsonl").write_text(20 * (json.dumps(row | {"notes": 5}) + "\n"))
     monkeypatch.setattr("lrmt.training.run.build_model", lambda *_, **__: pytest.fail("weights were loaded"))
     with pytest.raises(UsageError, match=expected):
         train_small("--output_dir", tmp_path / "run", *flags.split())
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("task", ["dataset", "passkey,dataset"])
+def test_rows_without_notes_are_counted_once(train_small, tmp_path, monkeypatch, capsys, task):
+    said = [f"The key is {'here' if i % 2 else 'there'}. {'And so on. ' * 40}" for i in range(20)]
+    rows = [{"input": text, "question": "Where is it?", "target": "here"} for text in said]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr("lrmt.training.run.build_model", lambda *_, **__: (_ for _ in ()).throw(UsageError("so far")))
+    with pytest.raises(UsageError, match="so far"):
+        train_small("--notes_weight", "1", "--task", task, "--dataset_name", tmp_path / "rows.jsonl")
+    told = re.findall(r"`--notes_weight` 1: (\d+) of the first (\d+) rows have neither notes", capsys.readouterr().out)
+    ((without, looked_at),) = told
+    assert 0 < int(without) < int(looked_at) <= 16 + 16 * (task != "dataset")
 
 
 def test_the_memory_of_stories_begins_with_nobody_anywhere(train_small, fp32_flags, pieces):
@@ -187,7 +203,10 @@ def test_the_meter_tells_by_age():
 
 
 @pytest.mark.parametrize("dry_run", ["true", "false"])
-@pytest.mark.parametrize("task", ["qa1", "passkey, qa7"])
+@pytest.mark.parametrize("task", ["qa1", "passkey, qa7", "dataset", "passkey,dataset"])
 def test_no_story_goes_on_from_another(train_small, task, dry_run):
-    with pytest.raises(UsageError, match="`--state_passing` 0.5: .* a story of qa[17] .*; set `--state_passing 0`"):
-        train_small("--task", task, "--state_passing", "0.5", "--dry_run", dry_run)
+    """Nor a row of the user's own."""
+    rows = ["--dataset_name", "rows.jsonl"] if "dataset" in task else []
+    what = "a row of --dataset_name" if rows else "a story of qa[17]"
+    with pytest.raises(UsageError, match=f"`--state_passing` 0.5: .* {what} .*; set `--state_passing 0`"):
+        train_small("--task", task, *rows, "--state_passing", "0.5", "--dry_run", dry_run)
