@@ -193,7 +193,9 @@ def test_shipped_settings_are_the_recipes():
     """But for where things lie."""
     settings = yaml.safe_load((ASSETS / "smollm2-passkey" / "arguments.yaml").read_text())
     recipe = yaml.safe_load((ROOT / "recipes" / "configs" / "rmt_smollm2_passkey.yaml").read_text())
-    assert {key: settings[key] for key in recipe if key in settings} == {k: v for k, v in recipe.items() if k in settings}
+    assert {key: settings[key] for key in recipe if key in settings} == {
+        k: v for k, v in recipe.items() if k in settings
+    }
     assert len(recipe.keys() - settings.keys()) < 5
 
 

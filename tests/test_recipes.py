@@ -150,7 +150,11 @@ def test_dry_run_of_a_model_whose_weights_are_elsewhere(run_recipe, tmp_path, mo
     out = capsys.readouterr().out
     plan = plan_of(out)
     assert "1,235,814,400 parameters, nf4 4-bit" in out
-    assert (plan["lora"], plan["tensors"], plan["memory"]) == (5_636_096, 2 * 7 * 16, 2 * 32 * 2048)  # M_0 and positions
+    assert (plan["lora"], plan["tensors"], plan["memory"]) == (
+        5_636_096,
+        2 * 7 * 16,
+        2 * 32 * 2048,
+    )  # M_0 and positions
     assert "up to 32 segments × 2000 steps" in out and "at most 12000 of batch 64" in out
     nf4, tied = 973_078_528 * 0.516, (1_235_814_400 - 973_078_528) * 2
     assert plan["gib"]["frozen backbone"] == pytest.approx((nf4 + tied) / 2**30, rel=0.01)
