@@ -145,6 +145,7 @@ VARIANTS = {  # what depends on --steps is a function of them
         "stage_max_steps": lambda steps: [max(1, n // 2) for n in steps],
     },
     "β2 0.999": {"adam_beta2": 0.999},
+    "gradients cut to 0.1": {"max_grad_norm": 0.1},
     "straight-through": {"method": "rmt_straight"},
     "gated residual": {"method": "rmt_gated"},
     "map on M_0": {"method": "rmt_mapped"},
