@@ -15,7 +15,7 @@ from trl import ModelConfig as TrlModelConfig
 from lrmt.adapters.gguf import find_gguf
 from lrmt.errors import UsageError
 from lrmt.flags import flag
-from lrmt.tasks.names import KNOWN_HAYSTACKS
+from lrmt.tasks.names import KNOWN_HAYSTACKS, split_mixture
 from lrmt.tasks.options import (
     BackgroundOptions,
     EarlyOptions,
@@ -123,7 +123,7 @@ class TaskArguments(
             raise UsageError(
                 f"`--text_path` and `--dataset_name` are two tasks; got {self.text_path} and {self.dataset_name}. Name one"
             )
-        names = [name.strip() for name in self.task.split(",")]
+        names = split_mixture(self.task)
         for name, path in _OF_FILES.items():
             if getattr(self, path) is not None and name not in names:
                 self.task, names = name, [name]

@@ -161,7 +161,12 @@ class RecurrentConfig(LongContextConfig):
         return {k: v for k, v in super().matters_to_training().items() if k != "checkpoint_segments"}
 
     def check_training(self, num_segments: int, *, num_ranks: int = 1, task: str = "", use_peft: bool = True) -> None:
-        if self.bptt_segments and num_ranks > 1 and "dataset" in task.split(",") and self.segment_alignment == "left":
+        if (
+            self.bptt_segments
+            and num_ranks > 1
+            and "dataset" in map(str.strip, task.split(","))
+            and self.segment_alignment == "left"
+        ):
             # an answer that crosses the end of a segment is two windows, and other ranks may have one
             raise UsageError(
                 f"`--bptt_segments` {self.bptt_segments} on several ranks needs every answer within one segment, which "

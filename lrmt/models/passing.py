@@ -36,9 +36,8 @@ class Passed:
         if notes is not None:
             said = torch.full_like(notes.ids[:, 0], IGNORED) if self.said is None else self.said
             here = taken.to(said.device)[:, None]
-            before = here & (
-                notes.ends == 0
-            )  # a text's own notes of before it are those of the text that is gone on from
+            # a text's own notes of before it are those of the text that is gone on from
+            before = here & (notes.ends == 0)
             own = torch.where(before[..., None], said[:, None], notes.ids)
             notes = Notes(torch.cat([said.masked_fill(~here, IGNORED)[:, None], own], dim=1), F.pad(notes.ends, (1, 0)))
         # whatever is drawn, what training starts from has a gradient: ranks must have the same

@@ -13,6 +13,12 @@ GENERATED = ("passkey", *HAYSTACKS)
 #: what `--task` of a recipe knows
 TASKS = (*GENERATED, "dataset", "text")
 
+
+def split_mixture(task: str) -> list[str]:
+    """The tasks of a mixture such as "qa1, qa2"."""
+    return [name.strip() for name in task.split(",")]
+
+
 #: for errors and help
 KNOWN_TASKS = f"passkey, qa1..qa20, dataset, text, {', '.join(NEEDLES)}"
 KNOWN_HAYSTACKS = f"qa1, … qa20, {', '.join(NEEDLES)}"

@@ -79,7 +79,7 @@ def build_task(
 
 def check_sources(name: str, options: TaskOptions) -> list[str]:
     """The tasks of a mixture. Raises UsageError for an unknown one, and where files of rows or texts are not there: what shows at once."""
-    parts = [part.strip() for part in name.split(",")]
+    parts = names.split_mixture(name)
     for part in parts:
         if part not in names.TASKS:
             known = f"{names.KNOWN_TASKS}{suggest(part.lower(), names.TASKS)}"

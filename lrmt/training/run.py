@@ -22,7 +22,7 @@ from lrmt.models.base import LongContextConfig, LongContextModel
 from lrmt.progress import quiet_bars
 from lrmt.ranks import this_rank
 from lrmt.tasks.base import Pieces
-from lrmt.tasks.names import BABI
+from lrmt.tasks.names import BABI, split_mixture
 from lrmt.tasks.options import TaskOptions
 from lrmt.tasks.registry import build_task, check_sources
 from lrmt.training.build import build_empty_model, build_model, trainable_names
@@ -209,7 +209,7 @@ def _check_method(
 
 def _check_passing(share: float, task: str) -> None:
     """Raises `UsageError` for texts that would go on from the memory of another: with that, answers and notes of some are others."""
-    parts = [part.strip() for part in task.split(",")]
+    parts = split_mixture(task)
     stories = [part for part in parts if part in BABI]
     kinds = [f"a story of {', '.join(stories)}"] * bool(stories) + ["a row of --dataset_name"] * ("dataset" in parts)
     if share and kinds:
@@ -230,7 +230,7 @@ def _check_notes_weight(
         raise UsageError(
             f"{_tell(weights)}: {config.model_type} writes no memory tokens that could say them; leave it out"
         )
-    if curriculum.stages[-1] == 1 and "dataset" not in task:  # whose rows may be longer
+    if curriculum.stages[-1] == 1 and "dataset" not in split_mixture(task):  # whose rows may be longer
         raise UsageError(
             f"{_tell(weights)}: no text of one segment hands on a memory, which notes are of; got `--curriculum_stages` "
             f"{curriculum.stages}. Train on longer texts, or leave it out"
