@@ -1,7 +1,7 @@
 """Facts hidden, in order, between sentences of background text: what BABILong and the needle tasks share."""
 
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, zip_longest
@@ -67,10 +67,10 @@ class HaystackTask(Task):
         self.early_facts_share = options.early_facts_share if split == "train" and segment_length else 0.0
         self.pieces = Pieces(tokenizer)
         self.opening_ids = join([self.pieces(self.opening)] if self.opening else [])
-        self.set_cast((), ())
+        self.set_cast({}, ())
 
-    def set_cast(self, cast: Sequence[str], rooms: Sequence[str]) -> None:
-        """Who, and what, has a place in notes from the start, and the rooms where they can be."""
+    def set_cast(self, cast: Mapping[str, str], rooms: Sequence[str]) -> None:
+        """Who, and what, has a place in notes from the start, what it says until something is told, and the rooms where they can be."""
         self.cast, self.rooms = cast, rooms
         self._short = self._shorten(" ".join([babi.first_note(cast), *rooms]).split())
         self.first_note = self._short_note(babi.first_note(cast))

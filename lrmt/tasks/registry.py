@@ -31,7 +31,9 @@ class MixedTask(Task):
         self.name = ",".join(task.name for task in tasks)
         self.max_new_tokens = max(task.max_new_tokens for task in tasks)
         stories = [task for task in tasks if getattr(task, "cast", ())]
-        cast = list(dict.fromkeys(name for task in stories for name in task.cast))
+        cast: dict[str, str] = {}
+        for name, empty in (place for task in stories for place in task.cast.items()):
+            cast[name] = max(cast.get(name, ""), empty, key=len)  # the room of the task that says most of it
         rooms = list(dict.fromkeys(name for task in stories for name in task.rooms))
         for task in stories:
             task.set_cast(cast, rooms)

@@ -1,6 +1,7 @@
 """What a perfect reader would have written down: enough to answer, told at the token after which it is known."""
 
 import json
+import re
 from itertools import pairwise
 
 import pytest
@@ -24,7 +25,8 @@ STORIES = {
     "qa3": (
         "John went to the office. John took the milk. John moved to the garden. John went to the hallway. John left the milk there. "
         "John went to the kitchen.",
-        "Daniel nowhere John kitchen Mary nowhere Sandra nowhere apple nowhere football nowhere milk office garden hallway",
+        "Daniel nowhere John kitchen Mary nowhere Sandra nowhere apple nowhere nowhere nowhere nowhere nowhere "
+        "football nowhere nowhere nowhere nowhere nowhere milk nowhere hallway garden office nowhere",
     ),
     "qa4": ("The office is east of the garden. The kitchen is west of the garden.", "office east garden kitchen west garden"),
     "qa5": ("Fred got the milk there. Fred gave the milk to Bill. Bill passed the milk to Jeff.", "Fred milk Bill Bill milk Jeff"),
@@ -76,15 +78,17 @@ def test_every_simulated_story_has_notes(task):
 def test_those_of_another_vocabulary():
     words = babi.Vocabulary(people={"Ann": "she", "Bob": "he"}, objects=["key"], rooms=["attic", "cellar"])
     cast, rooms = babi.find_cast("qa2", words)
-    assert (cast, rooms) == (["Ann", "Bob", "key"], ["attic", "cellar"])
+    assert (cast, rooms) == (dict.fromkeys(["Ann", "Bob", "key"], "nowhere"), ["attic", "cellar"])
     stories = babi.simulate("qa2", 30, 1, words)
     for sample in stories:
-        assert babi.take_notes(sample.facts, "qa2", cast)[-1].split()[::2] == cast
+        assert babi.take_notes(sample.facts, "qa2", cast)[-1].split()[::2] == [*cast]
     assert babi.find_cast("qa2", None, [sample.facts for sample in stories]) == (cast, rooms)  # files name their own
-    assert babi.take_notes(["Eve went to the office."], "qa1", cast[:2]) == ["Ann nowhere Bob nowhere Eve office"]
+    assert babi.take_notes(["Eve went to the office."], "qa1", dict.fromkeys(["Ann", "Bob"], "nowhere")) == [
+        "Ann nowhere Bob nowhere Eve office"
+    ]
     official = [sample.facts for sample in babi.simulate("qa2", 30, 1)]
     assert babi.find_cast("qa2", None, official[:1]) == babi.find_cast("qa2")
-    assert babi.find_cast("qa2", None, [("Mary flew home.",)]) == ([], []) == babi.find_cast("qa4")
+    assert babi.find_cast("qa2", None, [("Mary flew home.",)]) == ({}, []) == babi.find_cast("qa4")
 
 
 def test_the_last_gifts_are_kept():
@@ -98,7 +102,10 @@ def test_the_last_gifts_are_kept():
 
 def test_a_thing_of_which_no_room_is_known():
     facts = ["Mary took the milk.", "Mary dropped the milk."]
-    assert babi.take_notes(facts, "qa3") == ["milk Mary", "milk nowhere"]
+    assert babi.take_notes(facts, "qa2") == ["milk Mary", "milk nowhere"]
+    assert babi.take_notes(facts, "qa3") == [
+        f"milk {holder} nowhere nowhere nowhere nowhere" for holder in ("Mary", "nowhere")
+    ]
 
 
 def test_a_sentence_of_another_task():
@@ -118,6 +125,18 @@ def test_notes_hold_the_answer(task, subject):
         where = dict(zip(words[::2], words[1::2], strict=True))
         found = where[sample.question.removeprefix(before).removesuffix(after)]
         assert where.get(found, found) == sample.answer  # a thing is where its holder is
+
+
+def test_notes_of_ways_hold_the_answer():
+    """But for rooms further back than the last four."""
+    right = 0
+    for sample in babi.simulate("qa3", 200, 2):
+        words = babi.take_notes(sample.facts, "qa3", babi.find_cast("qa3")[0])[-1].split()
+        assert len(words) == 26
+        thing, room = re.match(r"Where was the (\w+) before the (\w+)", sample.question).groups()
+        way = words[words.index(thing) + 2 :][:4]
+        right += way[way.index(room) + 1] == sample.answer if room in way[:3] else 0
+    assert right >= 190
 
 
 # ---------------------------------------------------------------------- in texts
@@ -177,6 +196,14 @@ def test_notes_of_a_mixture_begin_alike(tokenizer):
     assert all(e.notes[-1].text == e.target for e in examples if e.task == "passkey")
 
 
+def test_tasks_of_a_mixture_note_a_thing_alike(tokenizer):
+    """Those whose stories are told in the same sentences; where a way is asked for, all note it."""
+    alone, mixed = build_task("qa3", tokenizer), build_task("qa1,qa2,qa3", tokenizer)
+    assert mixed.first_note == alone.first_note and len(mixed.first_note.split()) == 26
+    for sample in babi.simulate("qa2", 20, 1):
+        assert len({tuple(task.notes(sample)) for task in (alone, *mixed.tasks[1:])}) == 1
+
+
 def test_tasks_of_a_mixture_agree_on_a_sentence(tokenizer, tmp_path):
     fact = babi.BabiSample(("Mary moved to the garden.",), "Where is Mary? ", "garden", ())
     (tmp_path / "others.yaml").write_text("people: {Ann: she, Bob: he}")
@@ -199,7 +226,7 @@ def test_splits_of_files_have_the_cast_of_training(tokenizer, tmp_path, test_fil
     assert {tuple(task.cast) for task in made} == {("Ann", "Bob")}
     assert len({task.first_note for task in made}) == len({tuple(task.notes(made[2].samples[0])) for task in made}) == 1
     (tmp_path / "qa1_train.txt").unlink()
-    assert build_task("qa1", tokenizer, split="test", babi_dir=tmp_path).cast == ["Ann"]
+    assert build_task("qa1", tokenizer, split="test", babi_dir=tmp_path).cast == {"Ann": "nowhere"}
 
 
 def test_a_word_of_a_cast_is_one_token(tokenizer, tmp_path):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from lrmt.tasks.babi.solve import Told, parse
 from lrmt.tasks.babi.vocabulary import TIMES, Vocabulary, words_of_files
 
-_TRAIL = 5  #: of a thing's way, and of gifts, so many of the last are kept
+_GIFTS = 5  #: so many of the last are kept
 _NOWHERE = "nowhere"  #: where those are of whom nothing was told yet
+_NO_WAY = " ".join([_NOWHERE] * 5)  #: of a thing in tasks that ask for its way: who has it, and its last four rooms
 
 # those who are somewhere, in tasks that ask where
 _CAST = dict.fromkeys(("qa1", "qa6", "qa9", "qa10", "qa11", "qa12", "qa13"), ("people",))
@@ -22,9 +23,10 @@ _SLOTS = {
 }
 
 
-def take_notes(facts: Sequence[str], task: str, cast: Iterable[str] = ()) -> list[str]:
-    """The state of the world after each fact. Those of the `cast` are in it from the start: a memory is written at once, not word after
-    word, and looks up where one person is more easily than who was told as the third.
+def take_notes(facts: Sequence[str], task: str, cast: Mapping[str, str] | None = None) -> list[str]:
+    """The state of the world after each fact. Those of the `cast` are in it from the start, and what is said of each takes as many words
+    as before anything is told: a memory is written at once, not word after word, and looks up where one person is more easily than who
+    was told as the third.
 
     Where a story has no such state, relations and gifts, it is what was told, without its small words, in that order: what stands in a
     memory already stays where it is. Raises ValueError for a sentence outside the task's grammar.
@@ -32,41 +34,50 @@ def take_notes(facts: Sequence[str], task: str, cast: Iterable[str] = ()) -> lis
     told = [parse(fact, task) for fact in facts]
     if None in told:
         raise ValueError(f"not a story of {task}: {facts!r}")
-    return list({"qa3": _ways, "qa5": _gifts, "qa14": _days}.get(task, _whereabouts)(told, cast))
+    if task in ("qa5", "qa14"):
+        return list(_gifts(told) if task == "qa5" else _days(told))
+    return list(_whereabouts(told, cast or {}, _NO_WAY if task == "qa3" else _NOWHERE))
 
 
-def first_note(cast: Iterable[str]) -> str:
+def first_note(cast: Mapping[str, str]) -> str:
     """The state of the world before anything is told."""
-    return _join(dict.fromkeys(cast, _NOWHERE))
+    return _join(cast)
 
 
 def find_cast(
     task: str, vocabulary: Vocabulary | None = None, stories: Iterable[Sequence[str]] = ()
-) -> tuple[list[str], list[str]]:
-    """People of a task, and things where it asks for them, and the rooms where they can be: those of the vocabulary, or of the
-    facts of `stories` where these name others. None where a task does not ask who is where, or stories are not of its grammar.
+) -> tuple[dict[str, str], list[str]]:
+    """People of a task, and things where it asks for them, with what is noted of each before anything is told, and the rooms where they
+    can be: those of the vocabulary, or of the facts of `stories` where these name others. None where a task does not ask who is where,
+    or stories are not of its grammar.
     """
     if task not in _CAST or None in (told := [parse(fact, task) for facts in stories for fact in facts]):
-        return [], []
+        return {}, []
     words = vocabulary.of(task) if vocabulary else words_of_files(task)
     names = {kind: list(getattr(words, kind)) for kind in ("people", "objects", "rooms")}
     for kind, slots in _SLOTS.items():
         named = {fact[slot] for fact in told for slot in slots.get(fact["is"], ())}
         if not named <= {*names[kind]}:
             names[kind] = sorted(named)
-    return [name for kind in _CAST[task] for name in names[kind]], names["rooms"]
+    empty = {"people": _NOWHERE, "objects": _NO_WAY if task == "qa3" else _NOWHERE}
+    return {name: empty[kind] for kind in _CAST[task] for name in names[kind]}, names["rooms"]
 
 
-def _join(state: dict[str, str]) -> str:
+def _join(state: Mapping[str, str]) -> str:
     return " ".join(f"{subject} {is_}" for subject, is_ in state.items())
 
 
 # --- each yields what is known after one sentence more ------------------------------------------------------------------
 
 
-def _whereabouts(told: Told, cast: Iterable[str]) -> Iterator[str]:
-    """Where people and things are, who holds what, and what kind they are; relations as they were told."""
-    state = dict.fromkeys(cast, _NOWHERE)
+def _whereabouts(told: Told, cast: Mapping[str, str], no_thing: str) -> Iterator[str]:
+    """Where people and things are, who holds what, and what kind they are; relations as they were told.
+
+    A thing is with whoever has it or else where it is; of one for which there is room, who has it and its last rooms, the latest first.
+    """
+    state = dict(cast)
+    holders: dict[str, str] = {}
+    ways: dict[str, list[str]] = {}
     traits: dict[str, str] = {}
     relations: list[str] = []
     people: list[str] = []  # whom "they" and "she" mean
@@ -77,54 +88,39 @@ def _whereabouts(told: Told, cast: Iterable[str]) -> Iterator[str]:
             relations.append(f"{thing} {way} {other}")
         elif kind in ("kind", "state"):
             traits[person] = " ".join([*filter(None, [traits.pop(person, None)]), thing])
-        elif kind in ("get", "give"):
-            state[thing] = fact.get("receiver", person)
-        elif kind == "drop":
-            state[thing] = state.get(person, _NOWHERE)
+        elif kind in ("get", "give", "drop"):
+            holders[thing] = fact.get("receiver", person)
         else:
             if kind != "then":
                 people = [person, other] if kind == "both" else [person]
             where = {"not": f"not {thing}", "either": f"{thing} or {other}"}.get(kind, thing)
             state |= dict.fromkeys(people, where)
+        for held, holder in holders.items():
+            way, room = ways.setdefault(held, []), state.get(holder, _NOWHERE)
+            if room not in (_NOWHERE, *way[:1]):
+                way.insert(0, room)
+        if kind == "drop":
+            del holders[thing]
+        for moved, way in ways.items():
+            words = len(cast.get(moved, no_thing).split())
+            holder, rooms = holders.get(moved), [*way, *[_NOWHERE] * words]
+            state[moved] = " ".join([holder or _NOWHERE, *rooms[: words - 1]]) if words > 1 else holder or rooms[0]
         known = {
             subject: f"{trait} {state[subject]}" if subject in state else trait for subject, trait in traits.items()
         }
         yield " ".join([*relations, *filter(None, [_join(known | {s: w for s, w in state.items() if s not in known})])])
 
 
-def _ways(told: Told, cast: Iterable[str]) -> Iterator[str]:
-    """Where people are, who holds what, and the last rooms of each thing."""
-    state = dict.fromkeys(cast, _NOWHERE)
-    at: dict[str, str] = {}
-    holder: dict[str, str] = {}
-    ways: dict[str, list[str]] = {}
-    for fact in told:
-        kind, person, thing = fact["is"], fact["person"], fact["thing"]
-        if kind == "go":
-            at[person] = thing
-            for held in (h for h, by in holder.items() if by == person):
-                ways[held].append(thing)
-        elif kind == "get":
-            holder[thing] = person
-            way = ways.setdefault(thing, [])
-            if person in at and way[-1:] != [at[person]]:
-                way.append(at[person])
-        else:
-            holder.pop(thing, None)
-        things = {t: " ".join([*way[-_TRAIL:], *filter(None, [holder.get(t)])]) or _NOWHERE for t, way in ways.items()}
-        yield _join(state | at | things)
-
-
-def _gifts(told: Told, _) -> Iterator[str]:
+def _gifts(told: Told) -> Iterator[str]:
     """Who gave what to whom: the last gifts, in order."""
     given: list[str] = []
     for fact in told:
         if fact["is"] == "give":
             given.append(f"{fact['person']} {fact['thing']} {fact['receiver']}")
-        yield " ".join(given[-_TRAIL:])
+        yield " ".join(given[-_GIFTS:])
 
 
-def _days(told: Told, _) -> Iterator[str]:
+def _days(told: Told) -> Iterator[str]:
     """Where each person was, from yesterday to this evening."""
     days: dict[str, dict[int, str]] = {}
     for fact in told:
