@@ -74,6 +74,10 @@ class ModelArguments(TrlModelConfig):
     load_in_4bit: bool = flag(True, "Quantise the frozen backbone to 4 bits.")
     use_bnb_nested_quant: bool = flag(True, "Quantise the quantisation constants too.")
     dtype: str | None = flag("bfloat16", "Of the backbone's computations: bfloat16 or float32.")
+    compile_layers: bool = flag(
+        False,
+        "Compile the backbone's layers with torch.compile: faster steps, after a minute or two (on a CPU with a C++ compiler).",
+    )
     lora_target_modules: list[str] | None = flag(
         None, "Backbone layers that LoRA adapts; default: every linear layer but the head."
     )

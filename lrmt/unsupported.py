@@ -32,6 +32,7 @@ TRAINING = _each(
         "The memory replaces the backbone's cache: leave it out": "use_cache",
         "Its kernels do not know memory models: leave it out": "use_liger_kernel liger_kernel_config",
         "A loss that is not finite ends a run and is explained: leave it out": "logging_nan_inf_filter debug",
+        "Set `--compile_layers true`": "torch_compile torch_compile_backend torch_compile_mode",
         "`--dry_run` estimates memory: leave it out": "skip_memory_metrics",
         "Checkpoints come every `--save_steps`: leave it out": (
             "enable_jit_checkpoint restore_callback_states_from_checkpoint"

@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from lrmt.adapters.find import FLAG, check_files, find_backbone, is_named, resolve_backbone
@@ -259,3 +260,17 @@ def dequantise_(backbone: PreTrainedModel, dtype: torch.dtype) -> None:
     for name, _ in layers_in_4bit(backbone):
         backbone.set_submodule(name, full.get_submodule(name))
     backbone.hf_quantizer.remove_quantization_config(backbone)
+
+
+def compile_layers(model: nn.Module) -> None:
+    """Compiles each layer of the backbone in place: what differs between layers are tensors, so they share what is compiled. Where
+    torch.compile does not work, which is told in a line, they stay as they are.
+    """
+    try:
+        torch.compile(torch.neg)(torch.ones(2, device=next(model.parameters()).device))
+    except Exception as error:  # of whatever compiler it is
+        print(f"`--compile_layers`: torch.compile does not work here, layers are run as they are ({one_line(error)})")
+        return
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.compile()

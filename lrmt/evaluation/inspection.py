@@ -11,7 +11,7 @@ from lrmt.evaluation.opening import OpeningSettings
 from lrmt.files import read_text
 from lrmt.flags import flag
 from lrmt.lengths import parse_segments
-from lrmt.tasks.names import GENERATED
+from lrmt.tasks.names import GENERATED, split_mixture
 from lrmt.tasks.options import BackgroundOptions, PasskeyOptions, StoryOptions, check_choice
 
 OF_SAMPLES = (StoryOptions, BackgroundOptions, PasskeyOptions)  # with --length and --seed
@@ -49,7 +49,8 @@ examples:
     question: str | None = flag(None, "Asked after the text (default: none, the text goes on).", "TEXT")
     task: str | None = flag(
         None,
-        "Instead of a text and a question, a sample of this task: passkey, qa1, …; its last notes are followed.",
+        "Instead of a text and a question, a sample of this task: passkey, qa1, …, or of one of several, as trained: qa1,qa2; its last "
+        "notes are followed.",
         "NAME",
     )
     length: str = flag("16", "Of a sample: segments or blocks, or tokens with k or M (100k).")
@@ -75,7 +76,8 @@ examples:
                 f"give either --input, a text, or --task, of which a sample is made; got {self.input} and {self.task}"
             )
         if self.task is not None:
-            check_choice("task", self.task, GENERATED)
+            for part in split_mixture(self.task):
+                check_choice("task", part, GENERATED)
             if self.question is not None:
                 raise UsageError(
                     f"--question {self.question!r} is of a text; a sample of --task has its own, leave it out"

@@ -18,6 +18,7 @@ from lrmt.adapters.adapter import check_savable, read_config, saved_tensors
 from lrmt.adapters.backbone import (
     backbone_fingerprint,
     build_empty,
+    compile_layers,
     load_backbone,
     quantization_of,
     read_backbone_config,
@@ -78,6 +79,8 @@ def build_model(
             parameter.data = parameter.data.to(dtype)
     if model_args.init_adapter_path is not None:
         _start_from(peft_model, model_args.init_adapter_path)
+    if model_args.compile_layers:
+        compile_layers(peft_model)
     return peft_model
 
 
@@ -89,6 +92,10 @@ def build_empty_model(
     Raises:
         UsageError: as `build_model`, but for what only weights can show.
     """
+    if model_args.compile_layers and sharded:
+        raise UsageError(
+            "`--compile_layers true`: DeepSpeed gathers weights between the steps of a layer; leave it out, or launch without ds_configs"
+        )
     if model_args.init_adapter_path is not None:  # before anything takes time
         check_whole(find_adapter(model_args.init_adapter_path, INIT_FLAG), INIT_FLAG)
     _quantization(model_args, sharded)

@@ -24,7 +24,7 @@ HONOURED = """
     per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps dataloader_pin_memory
     learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps max_grad_norm neftune_noise_alpha
     optim optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon
-    bf16 fp16 tf32 torch_empty_cache_steps torch_compile torch_compile_backend torch_compile_mode
+    bf16 fp16 tf32 torch_empty_cache_steps
     activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing gradient_checkpointing_kwargs
     logging_strategy logging_steps logging_first_step log_on_each_node include_num_input_tokens_seen log_level
     log_level_replica disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id trackio_static_space_id
