@@ -38,15 +38,21 @@ def named_files(text: str) -> set[str]:
 def test_there_is_one_for_each_backbone():
     backbones = ("tiny_llama", "tiny_mistral", "llama3.2_1b", "llama3.1_8b", "mistral_7b")
     there = {path.name for path in CONFIGS}
-    of_tasks = {"rmt_smollm2_passkey.yaml", "rmt_smollm2_babilong.yaml"}
+    recurrent = [method for method, model in METHODS.items() if issubclass(model, RecurrentModel)]
+    of_tasks = {"rmt_smollm2_passkey.yaml", *(f"{method}_smollm2_babilong.yaml" for method in recurrent)}
     assert there <= of_tasks | {f"{method}_{name}.yaml" for method in METHODS for name in backbones}
     assert there >= {f"{method}_{name}.yaml" for method in ("rmt", "landmark") for name in backbones}
     assert there >= {f"{method}_tiny_llama.yaml" for method in METHODS}
 
 
+def method_of(name: str) -> str:
+    """Of a recipe or a config, by its name."""
+    return max((method for method in METHODS if name.startswith(f"{method}_")), key=len)
+
+
 @pytest.mark.parametrize("path", CONFIGS, **by_name)
 def test_config_parses_to_a_run(path):
-    method = path.name.split("_")[0]
+    method = method_of(path.name)
     flags = ["--text_path", "books"] if "text_path" in path.read_text() else []
     model_class, settings, model, task, curriculum, training = parse("--config", path, *flags, method=method)
     assert model.model_name_or_path == yaml.safe_load(path.read_text())["model_name_or_path"]
@@ -60,7 +66,7 @@ def test_config_opens_with_its_launch_lines_and_explains_every_key(path):
     lines = path.read_text().splitlines()
     assert all(line.startswith("# ") for line in lines[:3])
     assert lines[1].startswith("# accelerate launch ") and "--" in lines[2]
-    recipe = f"{path.name.split('_')[0]}_{'mistral' if 'mistral' in path.name else 'llama'}.py"
+    recipe = f"{method_of(path.name)}_{'mistral' if 'mistral' in path.name else 'llama'}.py"
     assert f"recipes/{recipe}" in lines[1]
     assert all((ROOT / name).is_file() for name in named_files(path.read_text()))
     if "tiny" not in path.name:
@@ -75,11 +81,12 @@ def test_config_opens_with_its_launch_lines_and_explains_every_key(path):
 @pytest.mark.parametrize("path", [p for p in CONFIGS if not re.search("tiny|smollm2", p.name)], **by_name)
 def test_published_settings(path):
     config = yaml.safe_load(path.read_text())
-    published = PUBLISHED if path.name.startswith("rmt") else PUBLISHED_LANDMARK
+    recurrent = issubclass(METHODS[method_of(path.name)], RecurrentModel)
+    published = PUBLISHED if recurrent else PUBLISHED_LANDMARK
     assert {key: config[key] for key in published} == published
     ranks = 8 if "8gpu" in path.read_text().splitlines()[1] else 1
     assert config["per_device_train_batch_size"] * config["gradient_accumulation_steps"] * ranks == 64
-    if not path.name.startswith("rmt"):
+    if not recurrent:
         assert (config["block_length"], config["context_length"]) in ((64, 2048), (51, 512))
 
 
@@ -99,7 +106,7 @@ def test_help(run_recipe, path, capsys):
         run_recipe(path.stem, "--help")
     assert stop.value.code == 0
     out = capsys.readouterr().out
-    recurrent = issubclass(METHODS[path.stem.split("_")[0]], RecurrentModel)
+    recurrent = issubclass(METHODS[method_of(path.name)], RecurrentModel)
     unit = "--segment_length" if recurrent else "--context_length"
     assert "accelerate launch" in out and unit in out and "--curriculum_stages" in out
 
@@ -115,25 +122,24 @@ def plan_of(out: str) -> dict:
 
 
 @pytest.mark.parametrize("flags", [[], ["--use_peft", "false"], ["--load_in_4bit", "false", "--lora_r", "7"]])
-@pytest.mark.parametrize("recipe", ["rmt_llama", "rmt_mistral"])
+@pytest.mark.parametrize("recipe", ["rmt_llama", "rmt_mistral", "rmt_retrieval_llama", "armt_mistral"])
 def test_dry_run_counts_what_trains_and_writes_nothing(
     run_recipe, small_flags, recipe, flags, tmp_path, monkeypatch, capsys
 ):
-    from lrmt.models import RmtForCausalLM
     from lrmt.training.build import build_model
 
     monkeypatch.chdir(tmp_path)
-    name = recipe.replace("rmt_", "tiny-")
-    flags = [*small_flags, *flags, "--model_name_or_path", name]
+    method = method_of(recipe)
+    flags = [*small_flags, *flags, "--model_name_or_path", recipe.replace(f"{method}_", "tiny-")]
     assert run_recipe(recipe, *flags, "--dry_run") is None
     plan = plan_of(capsys.readouterr().out)
     assert list(tmp_path.iterdir()) == []
     arguments = parse(*flags)[2]
-    model = build_model(RmtForCausalLM, arguments, {"num_memory_tokens": 4, "segment_length": 80})
+    model = build_model(METHODS[method], arguments, {"num_memory_tokens": 4, "segment_length": 80})
     trainable = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
     assert plan["trainable"] == sum(trainable.values())
-    assert plan["memory"] == sum(n for name, n in trainable.items() if "memory_embedding" in name)
-    assert plan["tensors"] == len(trainable) - 1
+    lora = {name: n for name, n in trainable.items() if ".lora_" in name}
+    assert plan["memory"] == sum(trainable.values()) - sum(lora.values()) and plan["tensors"] == len(lora)
     frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad) / 2**30
     assert plan["gib"]["frozen backbone"] == pytest.approx(frozen, rel=0.15, abs=2e-3)
 

@@ -18,14 +18,13 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from lrmt.adapters.find import FLAG, check_files, find_backbone, is_named, resolve_backbone
 from lrmt.adapters.gguf import is_gguf
 from lrmt.errors import UsageError, one_line
 from lrmt.models.config import LongContextConfig
-from lrmt.models.weights import gathered
+from lrmt.models.weights import gathered, layers_of
 
 
 def read_backbone_config(
@@ -271,6 +270,5 @@ def compile_layers(model: nn.Module) -> None:
     except Exception as error:  # of whatever compiler it is
         print(f"`--compile_layers`: torch.compile does not work here, layers are run as they are ({one_line(error)})")
         return
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            module.compile()
+    for layer in layers_of(model):
+        layer.compile()

@@ -79,11 +79,11 @@ def take_named(tensors: dict[str, Tensor], model: RecurrentModel) -> Memory:
 
 def _name(path: tuple) -> str:
     """Of a leaf of the memory: "memory", or "memory.3.key"."""
-    return ".".join(["memory", *(str(getattr(step, "key", getattr(step, "idx", step))) for step in path)])
+    return ".".join(["memory", *(str(getattr(step, "key", getattr(step, "idx", getattr(step, "name", step)))) for step in path)])
 
 
 def root_mean_square(memory: Memory) -> Tensor:
-    leaves = [leaf.detach().float().flatten() for leaf in tree_leaves(memory)]
+    leaves = [leaf.detach().float().flatten() for leaf in tree_leaves(memory) if leaf.is_floating_point()]
     return (leaves[0] if len(leaves) == 1 else torch.cat(leaves)).pow(2).mean().sqrt()
 
 

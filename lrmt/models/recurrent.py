@@ -116,6 +116,12 @@ class RecurrentModel(LongContextModel):
         """
         raise NotImplementedError(f"{type(self).__name__} must say what a segment leaves: `write`")
 
+    def around(self, memory: Memory, ends: bool):
+        """A context in which the decoder runs a segment, as far as it goes; what stands in no segment, but around layers, is set up
+        here. `ends`: the suffix stands at its end, and `write` comes next.
+        """
+        return contextlib.nullcontext()
+
     # ------------------------------------------------------------------ the recurrence
 
     def _segment(self, segment: Segment, memory: Memory) -> tuple[Tensor, Memory, tuple[Tensor, Tensor] | None]:
@@ -126,7 +132,8 @@ class RecurrentModel(LongContextModel):
         before, after = (tokens[:, :0] if part is None else part for part in (self.prefix(memory), self.suffix(memory)))
         n, width, k = before.shape[1], tokens.shape[1], after.shape[1]
         mask = None if segment.mask is None else F.pad(segment.mask, (n, k), value=True)
-        hidden, attention = self._run_decoder(torch.cat([before, tokens, after], dim=1), mask)
+        with self.around(memory, ends=True):
+            hidden, attention = self._run_decoder(torch.cat([before, tokens, after], dim=1), mask)
         before, tokens, after = hidden.split([n, width, k], dim=1)
         kept = hidden.new_zeros(0, hidden.shape[-1]) if segment.wanted is None else tokens[segment.wanted]
         asked, says = segment.notes is not None, None
@@ -338,13 +345,14 @@ class RecurrentModel(LongContextModel):
         )
 
     def _run_cached(self, state, cache: RunningCache, embeds: Tensor, position_ids: Tensor | None):
-        hidden, attention = self._decode(
-            inputs_embeds=embeds,
-            attention_mask=cache.mask,
-            position_ids=position_ids,
-            past_key_values=cache.kv,
-            use_cache=True,
-        )
+        with self.around(state.memory, ends=False):
+            hidden, attention = self._decode(
+                inputs_embeds=embeds,
+                attention_mask=cache.mask,
+                position_ids=position_ids,
+                past_key_values=cache.kv,
+                use_cache=True,
+            )
         if self._record:
             before = self.prefix(state.memory)
             padding = 0 if cache.mask is None else (cache.mask == 0).sum(1, keepdim=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 def in_use(module: nn.Module) -> nn.Module:
@@ -24,3 +25,8 @@ def gathered(*parameters: Tensor, written: bool = False):
 
         return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0 if written else None)
     return nullcontext()
+
+
+def layers_of(backbone: nn.Module) -> list[nn.Module]:
+    """The decoder layers of a transformers model, first to last."""
+    return [module for module in backbone.modules() if isinstance(module, GradientCheckpointingLayer)]

@@ -7,7 +7,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 from lrmt.errors import UsageError
-from lrmt.models import LandmarkForCausalLM, RecurrentConfig, RecurrentModel, RmtForCausalLM
+from lrmt.models import (
+    ArmtForCausalLM,
+    LandmarkForCausalLM,
+    RecurrentConfig,
+    RecurrentModel,
+    RmtForCausalLM,
+    RmtRetrievalForCausalLM,
+)
 
 VOCAB = 50
 SHAPE = {
@@ -80,6 +87,8 @@ class PastForCausalLM(RecurrentModel):
 METHODS = {
     "rmt": (RmtForCausalLM, LlamaConfig(**SHAPE), {"num_memory_tokens": 3, "segment_length": 12}),
     "rmt-window": (RmtForCausalLM, MistralConfig(**SHAPE, sliding_window=7), {"num_memory_tokens": 3, "segment_length": 12}),
+    "rmt_retrieval": (RmtRetrievalForCausalLM, LlamaConfig(**SHAPE), {"num_memory_tokens": 3, "segment_length": 12}),
+    "armt": (ArmtForCausalLM, LlamaConfig(**SHAPE), {"num_memory_tokens": 3, "segment_length": 12, "association_dim": 4}),
     "past": (PastForCausalLM, LlamaConfig(**SHAPE), {"segment_length": 12}),
     "tree": (TreeForCausalLM, LlamaConfig(**SHAPE), {"segment_length": 12}),
     "landmark": (LandmarkForCausalLM, LlamaConfig(**SHAPE), {"block_length": 5, "top_k": 60, "context_length": 264}),

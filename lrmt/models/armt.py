@@ -1,0 +1,193 @@
+"""ARMT: an associative memory in every layer of the backbone (Rodkin et al. 2024, arXiv 2407.04841)."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lrmt.errors import UsageError
+from lrmt.flags import flag
+from lrmt.models.config import Activations, RecurrentConfig
+from lrmt.models.memory import Memory
+from lrmt.models.recurrent import RecurrentModel, SegmentOutput
+from lrmt.models.scoring import widened
+from lrmt.models.weights import layers_of
+
+ROLLS = 3  # ν of DPFP-ν, the features of keys and queries (Schlag et al. 2021, arXiv 2102.11174, §4.3)
+TINY = 1e-5  # ε: what is read of an empty memory is 0
+
+
+class ArmtConfig(RecurrentConfig):
+    """Settings of ARMT. L + m positions must fit into the backbone's window."""
+
+    model_type = "armt"
+
+    num_memory_tokens: int = flag(
+        16, "Memory tokens m at the end of each segment, which write to the memory of each layer."
+    )
+    association_dim: int = flag(64, "Of keys and queries; a layer's memory is a matrix of 6 × this × the hidden size.")
+
+    def __post_init__(self, **kwargs):
+        for name in ("num_memory_tokens", "association_dim"):
+            if getattr(self, name) < 1:
+                raise UsageError(
+                    f"`--{name}` must be 1 or more; got {getattr(self, name)}. {type(self).__dataclass_fields__[name].default} is usual"
+                )
+        if self.memory_handover != "identity" or self.memory_shift:
+            raise UsageError(
+                "`--memory_handover` and `--memory_shift` are of vectors handed on from segment to segment; ARMT hands on the matrices of "
+                "its layers. Leave them out"
+            )
+        super().__post_init__(**kwargs)
+
+    @property
+    def note_length(self) -> int:
+        return self.num_memory_tokens
+
+    @property
+    def positions(self) -> int:
+        return self.segment_length + self.num_memory_tokens
+
+    @property
+    def num_features(self) -> int:
+        """p: of a key and a query."""
+        return 2 * ROLLS * self.association_dim
+
+    def activations(self, num_segments: int) -> Activations:
+        matrices = self.num_hidden_layers * (self.num_features + 1)
+        return super().activations(num_segments)._replace(carried=matrices * num_segments)
+
+
+class Association(NamedTuple):
+    """What one layer remembers: `matrix [B, p, d]`, and `norm [B, p]`, the sum of the keys that were written."""
+
+    matrix: Tensor
+    norm: Tensor
+
+    def read(self, query: Tensor) -> Tensor:
+        """What is remembered of queries `[B, W, p]`: `[B, W, d]`."""
+        return query @ self.matrix / ((query @ self.norm[..., None]) + TINY)
+
+    def write(self, key: Tensor, value: Tensor, share: Tensor) -> Association:
+        """The delta rule: of keys `[B, m, p]`, values `[B, m, d]` take the place of what was read there, by a share `[B, m, 1]` (§3.2).
+
+        Keys that are remembered already are not counted twice.
+        """
+        new = (1 - key @ self.norm[..., None] / key.pow(2).sum(-1, keepdim=True).clamp(min=TINY)).clamp(0, 1).detach()
+        matrix = self.matrix + key.transpose(1, 2) @ (share * (value - self.read(key)))
+        return Association(matrix, self.norm + (new * key).sum(1))
+
+
+def features(x: Tensor) -> Tensor:
+    """DPFP: `[…, d_mem]` to `[…, 6 d_mem]`, nonnegative and sparse."""
+    y = torch.cat([x.relu(), (-x).relu()], dim=-1)
+    return torch.cat([y * y.roll(j, dims=-1) for j in range(1, ROLLS + 1)], dim=-1)
+
+
+class Queries(nn.Module):
+    """Of every layer the map from hidden states to what is asked of its memory."""
+
+    def __init__(self, layers: int, width: int, size: int, **place):
+        super().__init__()
+        self.maps = nn.ModuleList(nn.Linear(width, size, bias=False, **place) for _ in range(layers))
+
+    def forward(self, hidden: Tensor, layer: int) -> Tensor:
+        """`[B, W, d]` to `[B, W, p]`, in fp32 or wider."""
+        return features(_apply(self.maps[layer], hidden))
+
+
+class Writers(nn.Module):
+    """Of every layer the maps from its memory tokens to keys, values and shares; values begin at zero, so that nothing is remembered."""
+
+    def __init__(self, layers: int, width: int, size: int, **place):
+        super().__init__()
+        self.keys = nn.ModuleList(nn.Linear(width, size, bias=False, **place) for _ in range(layers))
+        self.values = nn.ModuleList(nn.Linear(width, width, bias=False, **place) for _ in range(layers))
+        self.shares = nn.ModuleList(nn.Linear(width, 1, **place) for _ in range(layers))
+        for value in self.values:
+            if value.weight.device.type != "meta":
+                nn.init.zeros_(value.weight)
+
+    def forward(self, hidden: Tensor, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """`[B, m, d]` to keys `[B, m, p]`, values `[B, m, d]` and shares `[B, m, 1]`, in fp32 or wider."""
+        share = _apply(self.shares[layer], hidden).sigmoid()
+        return features(_apply(self.keys[layer], hidden)), _apply(self.values[layer], hidden), share
+
+
+def _apply(linear: nn.Linear, hidden: Tensor) -> Tensor:
+    with torch.autocast(hidden.device.type, enabled=False):
+        return widened(linear(hidden.to(linear.weight.dtype)))
+
+
+class ArmtForCausalLM(RecurrentModel):
+    """Before each layer every position adds what the layer's memory says to it; behind it the m memory tokens at the end of the segment
+    write. The backbone is as it was, hooks stand around its layers. The memory is the `matrix [B, p, d]` and the `norm [B, p]` of every
+    layer, in fp32; it begins empty.
+    """
+
+    config_class = ArmtConfig
+    state_settings = ("num_memory_tokens", "segment_length", "segment_alignment", "association_dim")
+    later_state_settings = ()
+    memory_modules = ["memory_embedding", "queries", "writers"]
+
+    def __init__(self, config: ArmtConfig, backbone: PreTrainedModel | None = None):
+        super().__init__(config, backbone)
+        self.memory_embedding = self.make_embedding(
+            config.num_memory_tokens, lambda weight, embeddings: nn.init.normal_(weight, std=float(embeddings.std()))
+        )
+        layers, weight = layers_of(self.backbone), self.memory_embedding.weight
+        shape = (len(layers), weight.shape[-1], config.association_dim)
+        place = {"device": weight.device, "dtype": weight.dtype}
+        self.queries, self.writers = Queries(*shape, **place), Writers(*shape, **place)
+        self._now: list[Association] | None = None  # while a segment runs: what its layers remember
+        self._written: list[Association] | None = None  # and, where memory tokens stand at its end, what they will
+        for number, layer in enumerate(layers):
+            layer.register_forward_pre_hook(lambda layer, args, number=number: self._read_before(layer, args, number))
+            layer.register_forward_hook(lambda layer, args, out, number=number: self._write_behind(out, number))
+        self.finish()
+
+    def start(self, batch_size: int) -> Memory:
+        weight = self.get_input_embeddings().weight
+        p, d = self.config.num_features, self.config.hidden_size
+        zeros = widened(torch.zeros(1, dtype=weight.dtype, device=weight.device))
+        return [
+            Association(zeros.new_zeros(batch_size, p, d), zeros.new_zeros(batch_size, p))
+            for _ in range(self.config.num_hidden_layers)
+        ]
+
+    def suffix(self, memory: Memory) -> Tensor:
+        index = torch.arange(self.config.num_memory_tokens, device=memory[0].norm.device)
+        rows = self.memory_embedding(index).to(self.get_input_embeddings().weight.dtype)
+        return rows.expand(len(memory[0].norm), -1, -1)
+
+    def write(self, memory: Memory, output: SegmentOutput) -> Memory:
+        written, self._written = self._written, None
+        return written
+
+    @contextlib.contextmanager
+    def around(self, memory: Memory, ends: bool):
+        self._now, self._written = memory, [] if ends else None
+        try:
+            yield
+        finally:
+            self._now = None
+
+    def _read_before(self, layer: nn.Module, args: tuple, number: int) -> tuple | None:
+        if self._now is None:  # the bare backbone
+            return None
+        if layer.gradient_checkpointing and layer.training:
+            raise UsageError(
+                "`--gradient_checkpointing` runs layers a second time without their memory; set `--checkpoint_segments true` instead"
+            )
+        hidden, *others = args
+        read = self._now[number].read(self.queries(hidden, number))
+        return hidden + read.to(hidden.dtype), *others
+
+    def _write_behind(self, output: Tensor, number: int) -> None:
+        if self._written is not None and self._now is not None:
+            hidden = output[:, -self.config.num_memory_tokens :]
+            self._written.append(self._now[number].write(*self.writers(hidden, number)))

@@ -1,0 +1,27 @@
+"""
+Teaches a LLaMA to remember across segments: RMT-R, which also reads its own past memories, with LoRA over a 4-bit backbone.
+
+On any machine, with the tiny LLaMA that ships with lrmt (no network, no GPU):
+
+    accelerate launch recipes/rmt_retrieval_llama.py
+
+On one GPU, with the published settings:
+
+    accelerate launch --config_file ds_configs/one_gpu.yaml recipes/rmt_retrieval_llama.py \
+        --config recipes/configs/rmt_retrieval_llama3.2_1b.yaml --output_dir runs/rmt-retrieval-llama-1b
+
+Sharded under DeepSpeed ZeRO-3 over 8 GPUs, or over two CPU processes:
+
+    accelerate launch --config_file ds_configs/zero3_8gpu.yaml recipes/rmt_retrieval_llama.py \
+        --config recipes/configs/rmt_retrieval_llama3.1_8b.yaml --output_dir runs/rmt-retrieval-llama-8b
+    accelerate launch --config_file ds_configs/zero3_2cpu.yaml recipes/rmt_retrieval_llama.py --output_dir runs/rmt-retrieval-zero3
+
+--dry_run prints the plan and a memory estimate; every key of the YAML files is a flag too, and flags win.
+"""
+
+from pathlib import Path
+
+from lrmt.training.recipe import run_recipe
+
+if __name__ == "__main__":
+    run_recipe("rmt_retrieval", default_config=Path(__file__).parent / "configs" / "rmt_retrieval_tiny_llama.yaml", description=__doc__)
