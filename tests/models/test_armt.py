@@ -121,6 +121,17 @@ def test_the_state_is_of_one_size():
     assert model.to(torch.bfloat16).read(ids(1, 30)).memory[0].matrix.dtype == torch.float32
 
 
+def test_noise_leaves_what_is_empty_empty():
+    model = build(memory_noise=0.5).train()
+    (memory,) = model.eval().read(ids(1, LENGTH + 1)).memory[:1]
+    matrix, norm = memory.matrix.clone(), memory.norm
+    matrix[:, ::2] = 0
+    (shaken,) = model.train()._with_noise([memory._replace(matrix=matrix)])
+    assert torch.equal(shaken.norm, norm) and torch.equal(shaken.matrix == 0, matrix == 0)
+    share = (shaken.matrix / matrix)[matrix != 0]
+    assert float(share.std()) == pytest.approx(0.5, rel=0.2) and float(share.mean()) == pytest.approx(1, abs=0.1)
+
+
 def test_gradient_checkpointing_of_layers_is_refused():
     model = build().train()
     model.backbone.gradient_checkpointing_enable()
