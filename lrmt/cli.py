@@ -47,6 +47,11 @@ def merge(settings):
     print(f"  {gaps['as_trained']:.1e}  to the adapter as it was trained")
 
 
+def plan(settings):
+    quiet_libraries()
+    find("lrmt.evaluation.plan:run_plan")(settings)
+
+
 def score(settings):
     find("lrmt.evaluation.babilong.rescoring:score_folder")(**vars(settings))
 
@@ -71,6 +76,7 @@ COMMANDS = {
     "evaluate": Command("lrmt.evaluation.settings:EvaluationSettings", evaluate, "accuracy by length, with baselines"),
     "inspect": Command("lrmt.evaluation.inspection:InspectionSettings", inspect, "which passages an answer read"),
     "merge": Command("lrmt.publishing.settings:MergeSettings", merge, "write an adapter into its backbone"),
+    "plan": Command("lrmt.evaluation.planning:PlanSettings", plan, "what reading costs, by method and length"),
     "score": Command("lrmt.evaluation.babilong.rescoring:ScoreSettings", score, "score public predictions again"),
     "report": Command("lrmt.evaluation.report:ReportSettings", report, "several models' results side by side"),
     "data build": Command("lrmt.data.settings:BuildSettings", build_data, "write samples to disk"),

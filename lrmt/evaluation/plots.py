@@ -255,6 +255,30 @@ def draw_perplexity(records: list[dict]) -> bytes:
     return to_png(figure)
 
 
+def draw_costs(records: list[dict]) -> bytes:
+    """A PNG with a line for each method: FLOPs against tokens, both on log axes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure = plt.figure(figsize=(6.4, 4.0), layout="constrained")
+    axes = figure.add_subplot()
+    for method in dict.fromkeys(record["method"] for record in records):
+        line = [(r["tokens"], r["flops"]) for r in records if r["method"] == method]
+        axes.plot(*zip(*line, strict=True), marker="o", label=method)
+    ticks = sorted({record["tokens"] for record in records})
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xticks(ticks, [format_tokens(n) for n in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("Tokens")
+    axes.set_ylabel("FLOPs")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    return to_png(figure)
+
+
 def to_png(figure) -> bytes:
     """Draws a figure and closes it."""
     import matplotlib.pyplot as plt

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from lrmt.errors import UsageError
 from lrmt.flags import flag
 from lrmt.models.config import Activations, RecurrentConfig
+from lrmt.models.cost import Shape
 from lrmt.models.memory import Memory
 from lrmt.models.recurrent import RecurrentModel, SegmentOutput
 from lrmt.models.scoring import widened
@@ -60,6 +61,15 @@ class ArmtConfig(RecurrentConfig):
     def activations(self, num_segments: int) -> Activations:
         matrices = self.num_hidden_layers * (self.num_features + 1)
         return super().activations(num_segments)._replace(carried=matrices * num_segments)
+
+    def segments_flops(self, shape: Shape, tokens: int, first: int, last: int) -> float:
+        m, d, p = self.num_memory_tokens, shape.width, self.num_features
+        read = 2 * (tokens + m) * (d * self.association_dim + p * d + p)
+        write = 2 * m * (d * self.association_dim + d * d + d + 2 * p * d + 2 * p)
+        return super().segments_flops(shape, tokens, first, last) + (last - first) * shape.layers * (read + write)
+
+    def state_numbers(self, shape: Shape, tokens: int) -> tuple[int, int]:
+        return 0, shape.layers * self.num_features * (shape.width + 1)
 
 
 class Association(NamedTuple):

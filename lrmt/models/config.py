@@ -9,6 +9,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from lrmt.errors import UsageError
 from lrmt.flags import flag
+from lrmt.models.cost import Shape
 from lrmt.models.handover import KINDS
 
 
@@ -71,6 +72,14 @@ class LongContextConfig(PreTrainedConfig):
     def activations(self, num_segments: int) -> Activations:
         """What a training step keeps of a text of so many segments, for the estimate of memory."""
         return Activations(self.segment_length, num_segments, 0)
+
+    def read_flops(self, shape: Shape, tokens: int) -> float:
+        """FLOPs of reading a text of so many tokens, all of it, with the logits of its last token alone."""
+        raise UsageError(f"what a {self.model_type} model costs is not known")
+
+    def state_numbers(self, shape: Shape, tokens: int) -> tuple[int, int]:
+        """What is kept of a text of so many tokens: numbers in the backbone's precision, and in fp32."""
+        raise UsageError(f"what a {self.model_type} model keeps is not known")
 
     #: vectors of the written memory that notes can be asked of; none: the method takes no notes
     note_length = 0
@@ -156,6 +165,20 @@ class RecurrentConfig(LongContextConfig):
             f"`--segment_length` must fit into the backbone's window of {window} positions; got {self.segment_length} tokens, "
             f"{self.positions} positions. Lower it to {self.segment_length - self.positions + window} or less"
         )
+
+    def read_flops(self, shape: Shape, tokens: int) -> float:
+        whole, rest = divmod(tokens, self.segment_length)
+        return sum(
+            self.segments_flops(shape, *span)
+            for span in ((self.segment_length, 0, whole), (rest, whole, whole + 1))
+            if span[0]
+        )
+
+    def segments_flops(self, shape: Shape, tokens: int, first: int, last: int) -> float:
+        """FLOPs of the segments number `first` to `last` (the one after), each of so many tokens."""
+        positions = tokens + self.positions - self.segment_length
+        head = self.note_length + self.memory_shift if self.memory_handover == "tokens" else 0
+        return (last - first) * (shape.run(positions) + 2 * head * shape.head)
 
     def matters_to_training(self) -> dict[str, object]:
         return {k: v for k, v in super().matters_to_training().items() if k != "checkpoint_segments"}

@@ -79,7 +79,9 @@ def take_named(tensors: dict[str, Tensor], model: RecurrentModel) -> Memory:
 
 def _name(path: tuple) -> str:
     """Of a leaf of the memory: "memory", or "memory.3.key"."""
-    return ".".join(["memory", *(str(getattr(step, "key", getattr(step, "idx", getattr(step, "name", step)))) for step in path)])
+    return ".".join(
+        ["memory", *(str(getattr(step, "key", getattr(step, "idx", getattr(step, "name", step)))) for step in path)]
+    )
 
 
 def root_mean_square(memory: Memory) -> Tensor:

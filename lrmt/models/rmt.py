@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from lrmt.errors import UsageError
 from lrmt.flags import flag
 from lrmt.models.config import Activations, RecurrentConfig
+from lrmt.models.cost import Shape
 from lrmt.models.recurrent import RecurrentModel, SegmentOutput
 from lrmt.models.scoring import IGNORED
 from lrmt.models.weights import gathered
@@ -59,6 +60,9 @@ class RmtConfig(RecurrentConfig):
 
     def activations(self, num_segments: int) -> Activations:
         return super().activations(num_segments)._replace(carried=self.num_memory_tokens * num_segments)
+
+    def state_numbers(self, shape: Shape, tokens: int) -> tuple[int, int]:
+        return self.num_memory_tokens * shape.width, 0
 
     def check_training(self, num_segments: int, **run) -> None:
         if self.num_memory_tokens == 0:

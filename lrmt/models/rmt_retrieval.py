@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from lrmt.errors import UsageError
 from lrmt.flags import flag
+from lrmt.models.cost import Shape
 from lrmt.models.memory import Memory, RecurrentState
 from lrmt.models.outputs import Text
 from lrmt.models.recording import Span
@@ -55,6 +56,18 @@ class RmtRetrievalConfig(RmtConfig):
             f"`--segment_length` + 3 × `--num_memory_tokens` must fit into the backbone's window of {window}; "
             f"got {length} and {m}. Lower `--segment_length` to {window - 3 * m} or less"
         )
+
+    def segments_flops(self, shape: Shape, tokens: int, first: int, last: int) -> float:
+        m, d, n = self.num_memory_tokens, shape.width, last - first
+        past = n * (first + last - 1) // 2 * m  # vectors, of all of these segments together
+        maps = (
+            2 * m * d * d * (2 * n + (2 + 8) * (n - (first == 0)))
+        )  # keys and values; query, output, and an MLP of width 4 d
+        return super().segments_flops(shape, tokens, first, last) + maps + 4 * m * d * past
+
+    def state_numbers(self, shape: Shape, tokens: int) -> tuple[int, int]:
+        written = max(0, -(-tokens // self.segment_length) - 1)
+        return (1 + 2 * written) * self.num_memory_tokens * shape.width, 0
 
 
 class PastKeys(nn.Module):

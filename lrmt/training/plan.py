@@ -8,9 +8,8 @@ import torch
 from peft import PeftModel
 
 from lrmt.arguments import ModelArguments, TaskArguments, TrainingArguments
+from lrmt.models.cost import NF4_BYTES, shape_of
 from lrmt.training.curriculum import Curriculum
-
-NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a weight, its block's constant, that constant's own block
 
 
 def describe_plan(
@@ -85,15 +84,12 @@ def _estimate_memory(
     wide, batch = _width(model_args), training_args.per_device_train_batch_size
     trained_width = wide if under_deepspeed else 4
     state_bytes = 2 * 4 + (4 if under_deepspeed else 0)  # Adam's two moments; fp32 copies beside 16-bit trainables
-    hidden, layers = backbone.config.hidden_size, backbone.config.num_hidden_layers
-    inner = getattr(backbone.config, "intermediate_size", None) or 4 * hidden
-    kept = method.activations(segments)
-    # kept for the backward pass of one layer: residual, norms, q k v o, and the MLP's three wide tensors
-    per_segment = batch * kept.positions * layers * wide * (8 * hidden + 3 * inner)
+    kept, shape = method.activations(segments), shape_of(backbone)
+    per_segment = batch * wide * shape.layers * shape.layer_numbers(kept.positions)
     return {
         "frozen backbone": _backbone_bytes(backbone, model_args) / sharded,
         "trainable weights and gradients": count * trained_width * 2 / sharded,
         "optimizer states": count * state_bytes / (world if stage >= 2 else 1),
         f"activations of {kept.live} segment(s)": per_segment * kept.live,
-        f"memory states of {segments} segments": batch * kept.carried * hidden * wide,
+        f"memory states of {segments} segments": batch * kept.carried * shape.width * wide,
     }

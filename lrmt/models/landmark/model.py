@@ -15,6 +15,7 @@ from lrmt.flags import flag
 from lrmt.models import scoring
 from lrmt.models.base import LongContextModel
 from lrmt.models.config import Activations, LongContextConfig
+from lrmt.models.cost import Shape
 from lrmt.models.landmark.attention import landmark_attention
 from lrmt.models.landmark.cache import Blocks, Chunk
 from lrmt.models.landmark.hooks import check_backbone, switch_sliding_window_off
@@ -96,6 +97,20 @@ class LandmarkConfig(LongContextConfig):
 
     def matters_to_training(self) -> dict[str, object]:
         return {k: v for k, v in super().matters_to_training().items() if k != "implementation"}
+
+    def read_flops(self, shape: Shape, tokens: int) -> float:
+        size, flops, blocks = self.block_length, 0.0, 0
+        columns = tokens + tokens // (size - 1)
+        for begin in range(0, columns, self.chunk_length):
+            width, tail = min(self.chunk_length, columns - begin), begin - blocks * size
+            far = min(blocks, self.top_k)
+            products = 2 * (width + tail) + (blocks - far) + far + far * size + far * (size - 1)
+            flops += shape.run(width, products / 2)
+            blocks = (begin + width) // size
+        return flops
+
+    def state_numbers(self, shape: Shape, tokens: int) -> tuple[int, int]:
+        return 2 * shape.layers * shape.keys * (tokens + tokens // (self.block_length - 1)), 0
 
     def activations(self, num_segments: int) -> Activations:
         return Activations(self.max_positions, num_segments, 0)
