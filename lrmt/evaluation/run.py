@@ -277,7 +277,10 @@ def load_on_device(settings):
         device_map=device_map,
         **settings.reading,
     ).eval()
-    return model if hasattr(model, "disable_adapter") else model.to(device)
+    model = model if hasattr(model, "disable_adapter") else model.to(device)
+    if settings.compile_layers:
+        backbone.compile_layers(model)
+    return model
 
 
 def build_background(settings: EvaluationSettings, tokenizer, longest: int) -> Background | None:

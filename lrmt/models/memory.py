@@ -89,6 +89,23 @@ def root_mean_square(memory: Memory) -> Tensor:
     return (leaves[0] if len(leaves) == 1 else torch.cat(leaves)).pow(2).mean().sqrt()
 
 
+def put(rows: Tensor, new: Memory, old: Memory) -> Memory:
+    """`old` with `new`, of the rows `[N]`, in their place, and zeros where the new memory has grown."""
+
+    def place(a: Tensor, b: Tensor) -> Tensor:
+        b = _grown(b, a).clone()
+        b[rows.to(b.device)] = a
+        return b
+
+    return tree_map(place, new, old)
+
+
+def _grown(old: Tensor, new: Tensor) -> Tensor:
+    """With zeros where `new` is larger than `old`, but for the batch."""
+    sides = [side for i in reversed(range(1, new.dim())) for side in (0, new.shape[i] - old.shape[i])]
+    return F.pad(old, sides) if any(sides) else old
+
+
 def choose(rows: list[bool], new: Memory, old: Memory, whole: bool = True) -> Memory:
     """`new` for the rows marked, `old` for the others, with zeros where the new memory has grown. Where all rows agree, that memory
     itself; without `whole` both stay in the graph all the same.
@@ -99,7 +116,6 @@ def choose(rows: list[bool], new: Memory, old: Memory, whole: bool = True) -> Me
         return old
 
     def pick(a: Tensor, b: Tensor) -> Tensor:
-        b = F.pad(b, [side for i in reversed(range(a.dim())) for side in (0, a.shape[i] - b.shape[i])])
-        return torch.where(torch.tensor(rows, device=a.device).view(-1, *[1] * (a.dim() - 1)), a, b)
+        return torch.where(torch.tensor(rows, device=a.device).view(-1, *[1] * (a.dim() - 1)), a, _grown(b, a))
 
     return tree_map(pick, new, old)

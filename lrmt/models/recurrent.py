@@ -20,7 +20,7 @@ from lrmt.errors import UsageError
 from lrmt.models.base import LongContextModel
 from lrmt.models.config import RecurrentConfig
 from lrmt.models.handover import HandOver, states_and_embeddings
-from lrmt.models.memory import Memory, RecurrentState, choose, root_mean_square
+from lrmt.models.memory import Memory, RecurrentState, choose, put, root_mean_square
 from lrmt.models.notes import collect, score
 from lrmt.models.outputs import Encoded, Text
 from lrmt.models.passing import Passed
@@ -159,8 +159,17 @@ class RecurrentModel(LongContextModel):
                 return checkpoint(self._segment, *args, use_reentrant=False)
 
         hidden, told = [], []
+        whole = torch.is_grad_enabled() or grid.notes is not None or self._record is not None
         for s in window:
-            kept, written, cost = run(grid[s], memory)
+            segment = grid[s]
+            rows = None if whole else grid.needed(s, segment)
+            if rows is None or len(rows) in (0, len(segment.ids)):
+                kept, written, cost = run(segment, memory)
+            else:  # rows that have ended cost nothing
+                kept, written, cost = run(
+                    segment.of(rows), tree_map(lambda leaf, at=rows: leaf[at.to(leaf.device)], memory)
+                )
+                written = put(rows, written, memory)
             hidden.append(kept)
             told.append(cost)
             memory = choose(grid.running(s), self._with_noise(written) if noisy else written, memory)

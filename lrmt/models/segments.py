@@ -21,6 +21,10 @@ class Segment(NamedTuple):
     wanted: Tensor | None
     notes: Tensor | None = None
 
+    def of(self, rows: Tensor) -> Segment:
+        """That of some rows alone, `[N]`."""
+        return Segment(*(part if part is None else part[rows] for part in self))
+
 
 class Grid:
     """A batch of texts cut into segments of `segment_length` tokens, whatever the padding it came with.
@@ -132,6 +136,11 @@ class Grid:
     def running(self, s: int) -> list[bool]:
         """For each row: does it have a segment after s, so that its memory is written at the end of s?"""
         return [s + 1 < n for n in self.segments_per_row]
+
+    def needed(self, s: int, segment: Segment) -> Tensor:
+        """Which rows segment s has something of: a memory that it writes, or a hidden state that is wanted; `[N]`."""
+        needed = torch.tensor(self.running(s), device=self.ids.device)
+        return (needed if segment.wanted is None else needed | segment.wanted.any(1)).nonzero()[:, 0]
 
     def last_segments(self) -> tuple[Tensor, Tensor]:
         """The last segment of every row, `[B, P]` with padding on the right, and its lengths `[B]`."""

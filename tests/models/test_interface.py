@@ -111,6 +111,32 @@ def close(got, want):
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)  # rotary tables of landmarks are fp32
 
 
+@pytest.mark.parametrize("name", [name for name, (model, *_) in METHODS.items() if issubclass(model, RecurrentModel)])
+@torch.no_grad()
+def test_rows_that_have_ended_are_not_computed(name, monkeypatch):
+    """Without gradients; what is read of the others is what each row alone gives."""
+    model, lengths, sizes = build(name), (41, 5, 29, 17), []
+    run = model._segment
+    monkeypatch.setattr(
+        model, "_segment", lambda segment, memory: sizes.append(len(segment.ids)) or run(segment, memory)
+    )
+    text, mask = torch.zeros(4, 41, dtype=torch.long), torch.zeros(4, 41, dtype=torch.long)
+    for i, n in enumerate(lengths):
+        text[i, :n], mask[i, :n] = ids(1, n, seed=n)[0], 1
+    state = model.read(text, attention_mask=mask)
+    assert sizes == [3, 2, 1]  # the last segment of a row stays open
+    sizes.clear()
+    logits = model(text, attention_mask=mask, logits_to_keep=2).logits
+    assert sizes == [4, 3, 2, 1]
+    end = ids(1, 3, seed=8).expand(4, -1)
+    after = model(end, state=state).logits
+    for i, n in enumerate(lengths):
+        alone = model(ids(1, n, seed=n), logits_to_keep=2).logits
+        torch.testing.assert_close(logits[i : i + 1], alone, rtol=1e-9, atol=1e-9)
+        whole = model(torch.cat([ids(1, n, seed=n), end[:1]], dim=1), logits_to_keep=3).logits
+        torch.testing.assert_close(after[i : i + 1], whole, rtol=1e-9, atol=1e-9)
+
+
 # ---------------------------------------------------------------------- states are values
 
 
