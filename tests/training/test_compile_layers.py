@@ -5,6 +5,9 @@ import torch
 
 from lrmt.arguments import ModelArguments
 from lrmt.errors import UsageError
+from lrmt.evaluation.run import load_on_device
+from lrmt.evaluation.settings import EvaluationSettings
+from lrmt.flags import build
 from lrmt.models.rmt import RmtForCausalLM
 from lrmt.training.build import build_empty_model
 
@@ -43,3 +46,20 @@ def test_where_it_does_not_work_layers_run_as_they_are(train_small, fp32_flags, 
 def test_not_under_deepspeed():
     with pytest.raises(UsageError, match="`--compile_layers true`: DeepSpeed"):
         build_empty_model(RmtForCausalLM, ModelArguments(compile_layers=True), {}, sharded=True)
+
+
+def test_evaluation_compiles_what_it_opens(train_small, fp32_flags, flags, tmp_path):
+    folder = tmp_path / "run"
+    train_small(*fp32_flags, *flags, "--output_dir", folder)
+    text, logits = torch.randint(10, 900, (2, 150), generator=torch.Generator().manual_seed(0)), []
+    for asked in (False, True):
+        settings = build(
+            *EvaluationSettings.parse(
+                ["--adapter_path", str(folder), "--task", "passkey", "--compile_layers", str(asked)], "lrmt evaluate"
+            )
+        )
+        model = load_on_device(settings)
+        assert any(module._compiled_call_impl for module in model.modules()) == asked
+        with torch.no_grad():
+            logits.append(model(text).logits)
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
