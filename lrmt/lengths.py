@@ -9,14 +9,14 @@ from lrmt.errors import UsageError
 _TOKENS = re.compile(r"(\d+(?:\.\d+)?)([kKmM]?)")
 
 
-def parse_tokens(length: str, thousand: int = 1000) -> int:
-    """Tokens in a length of `--lengths`: "4k" is 4000, "1M" a million, a plain number itself, "0k" none.
+def parse_tokens(length: str, thousand: int = 1000, flag: str = "--lengths") -> int:
+    """Tokens in a length of `flag`: "4k" is 4000, "1M" a million, a plain number itself, "0k" none.
 
     `thousand`: what k means, 1024 for some public tasks. Raises UsageError for what is no length.
     """
     match = _TOKENS.fullmatch(str(length))
     if match is None:
-        raise UsageError(f"--lengths takes 0k (facts alone) or tokens (4k, 1M, 1500); got {length!r}")
+        raise UsageError(f"{flag} takes 0k (facts alone) or tokens (4k, 1M, 1500); got {length!r}")
     unit = {"": 1, "k": thousand, "m": thousand**2}[match[2].lower()]
     return round(float(match[1]) * unit)
 

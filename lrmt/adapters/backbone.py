@@ -261,14 +261,24 @@ def dequantise_(backbone: PreTrainedModel, dtype: torch.dtype) -> None:
     backbone.hf_quantizer.remove_quantization_config(backbone)
 
 
-def compile_layers(model: nn.Module) -> None:
+def check_compilable(model_class: type) -> None:
+    if not model_class.can_compile:
+        raise UsageError(
+            f"`--compile_layers`: the attention of a {model_class.config_class.model_type} model changes from call to call; leave it out"
+        )
+
+
+def compile_layers(model: nn.Module, **options) -> None:
     """Compiles each layer of the backbone in place: what differs between layers are tensors, so they share what is compiled. Where
-    torch.compile does not work, which is told in a line, they stay as they are.
+    torch.compile does not work, which is told in a line, they stay as they are. `options` are torch.compile's.
+
+    Raises `UsageError` for a method that cannot be compiled.
     """
+    check_compilable(type(getattr(model, "get_base_model", lambda: model)()))
     try:
         torch.compile(torch.neg)(torch.ones(2, device=next(model.parameters()).device))
     except Exception as error:  # of whatever compiler it is
         print(f"`--compile_layers`: torch.compile does not work here, layers are run as they are ({one_line(error)})")
         return
     for layer in layers_of(model):
-        layer.compile()
+        layer.compile(**options)

@@ -48,7 +48,7 @@ def run_inspection(settings: InspectionSettings) -> None:
     if told.written or told.looked:
         files |= tell_memory(told, ids, answer, tokenizer, notes, settings.top)
     if told.read:
-        files |= tell_spans(told.read, ids, answer, tokenizer, config.num_hidden_layers, settings.top)
+        files |= tell_spans(told.read, ids, answer, tokenizer, config.num_reading_layers, settings.top)
     replace_files(settings.folder, files)
     print(f"{' and '.join(files)} {'are' if len(files) > 1 else 'is'} in {settings.folder}")
 

@@ -71,10 +71,14 @@ def cost_of(config: LongContextConfig | None, shape: Shape, tokens: int, trainin
         numbers, single, positions = 2 * shape.layers * shape.keys * tokens, 0, tokens
         live, again = 1, False
     else:
-        matrices = config.read_flops(shape._replace(attention=0), tokens)
-        attention = config.read_flops(shape, tokens) - matrices
+        flops_of = config.train_flops if training else config.read_flops
+        matrices = flops_of(shape._replace(attention=0), tokens)
+        attention = flops_of(shape, tokens) - matrices
         numbers, single = config.state_numbers(shape, tokens)
-        kept = config.activations(max(1, -(-tokens // config.segment_length)))
+        segments = -(-tokens // config.segment_length)
+        if training:
+            config.check_training(segments)
+        kept = config.activations(segments)
         positions, again = kept.positions, hasattr(config, "checkpoint_segments")
         live = 1 if again or not training else kept.live
     flops = matrices + attention

@@ -60,4 +60,4 @@ examples:
     @property
     def tokens(self) -> list[int]:
         """Of each length, shortest first."""
-        return sorted({parse_tokens(length) for length in self.length})
+        return sorted({parse_tokens(length, flag="--length") for length in self.length})

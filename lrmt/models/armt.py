@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from lrmt.models.scoring import widened
 from lrmt.models.weights import layers_of
 
 ROLLS = 3  # ν of DPFP-ν, the features of keys and queries (Schlag et al. 2021, arXiv 2102.11174, §4.3)
+LAYERS_AGAIN = "`--gradient_checkpointing` runs layers a second time without their memory; set `--checkpoint_segments true` instead"
 TINY = 1e-5  # ε: what is read of an empty memory is 0
 
 
@@ -60,7 +62,12 @@ class ArmtConfig(RecurrentConfig):
 
     def activations(self, num_segments: int) -> Activations:
         matrices = self.num_hidden_layers * (self.num_features + 1)
-        return super().activations(num_segments)._replace(carried=matrices * num_segments)
+        return super().activations(num_segments)._replace(single=matrices * num_segments)
+
+    def check_training(self, num_segments: int, *, gradient_checkpointing: bool = False, **run) -> None:
+        if gradient_checkpointing:
+            raise UsageError(LAYERS_AGAIN)
+        super().check_training(num_segments, **run)
 
     def segments_flops(self, shape: Shape, tokens: int, first: int, last: int) -> float:
         m, d, p = self.num_memory_tokens, shape.width, self.num_features
@@ -80,16 +87,18 @@ class Association(NamedTuple):
 
     def read(self, query: Tensor) -> Tensor:
         """What is remembered of queries `[B, W, p]`: `[B, W, d]`."""
-        return query @ self.matrix / ((query @ self.norm[..., None]) + TINY)
+        with torch.autocast(query.device.type, enabled=False):
+            return query @ self.matrix / (query @ self.norm[..., None] + TINY)
 
     def write(self, key: Tensor, value: Tensor, share: Tensor) -> Association:
         """The delta rule: of keys `[B, m, p]`, values `[B, m, d]` take the place of what was read there, by a share `[B, m, 1]` (§3.2).
 
         Keys that are remembered already are not counted twice.
         """
-        new = (1 - key @ self.norm[..., None] / key.pow(2).sum(-1, keepdim=True).clamp(min=TINY)).clamp(0, 1).detach()
-        matrix = self.matrix + key.transpose(1, 2) @ (share * (value - self.read(key)))
-        return Association(matrix, self.norm + (new * key).sum(1))
+        with torch.autocast(key.device.type, enabled=False):
+            known = key @ self.norm[..., None] / key.pow(2).sum(-1, keepdim=True).clamp(min=TINY)
+            matrix = self.matrix + key.transpose(1, 2) @ (share * (value - self.read(key)))
+            return Association(matrix, self.norm + ((1 - known).clamp(0, 1).detach() * key).sum(1))
 
 
 def features(x: Tensor) -> Tensor:
@@ -150,14 +159,20 @@ class ArmtForCausalLM(RecurrentModel):
             config.num_memory_tokens, lambda weight, embeddings: nn.init.normal_(weight, std=float(embeddings.std()))
         )
         layers, weight = layers_of(self.backbone), self.memory_embedding.weight
+        if len(layers) != config.num_hidden_layers:
+            raise UsageError(
+                f"`--model_name_or_path`: {type(self.backbone).__name__} has {len(layers)} layers that ARMT finds, of "
+                f"{config.num_hidden_layers}; choose a decoder such as LLaMA, Mistral, Qwen or GPT-2"
+            )
         shape = (len(layers), weight.shape[-1], config.association_dim)
         place = {"device": weight.device, "dtype": weight.dtype}
         self.queries, self.writers = Queries(*shape, **place), Writers(*shape, **place)
         self._now: list[Association] | None = None  # while a segment runs: what its layers remember
         self._written: list[Association] | None = None  # and, where memory tokens stand at its end, what they will
         for number, layer in enumerate(layers):
-            layer.register_forward_pre_hook(lambda layer, args, number=number: self._read_before(layer, args, number))
-            layer.register_forward_hook(lambda layer, args, out, number=number: self._write_behind(out, number))
+            # of methods, since a copy of the model copies them with it
+            layer.register_forward_pre_hook(partial(self._read_before, number))
+            layer.register_forward_hook(partial(self._write_behind, number))
         self.finish()
 
     def start(self, batch_size: int) -> Memory:
@@ -195,18 +210,18 @@ class ArmtForCausalLM(RecurrentModel):
         finally:
             self._now = None
 
-    def _read_before(self, layer: nn.Module, args: tuple, number: int) -> tuple | None:
+    @torch.compiler.disable
+    def _read_before(self, number: int, layer: nn.Module, args: tuple) -> tuple | None:
         if self._now is None:  # the bare backbone
             return None
         if layer.gradient_checkpointing and layer.training:
-            raise UsageError(
-                "`--gradient_checkpointing` runs layers a second time without their memory; set `--checkpoint_segments true` instead"
-            )
+            raise UsageError(LAYERS_AGAIN)
         hidden, *others = args
         read = self._now[number].read(self.queries(hidden, number))
         return hidden + read.to(hidden.dtype), *others
 
-    def _write_behind(self, output: Tensor, number: int) -> None:
+    @torch.compiler.disable
+    def _write_behind(self, number: int, layer: nn.Module, args: tuple, output: Tensor | tuple) -> None:
         if self._written is not None and self._now is not None:
-            hidden = output[:, -self.config.num_memory_tokens :]
+            hidden = (output[0] if isinstance(output, tuple) else output)[:, -self.config.num_memory_tokens :]
             self._written.append(self._now[number].write(*self.writers(hidden, number)))

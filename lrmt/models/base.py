@@ -70,6 +70,8 @@ class LongContextModel(PreTrainedModel, GenerationMixin):
         """Those of `memory_modules` that train under these settings."""
         return list(cls.memory_modules)
 
+    #: whether torch.compile may take the backbone's layers as they are called
+    can_compile: ClassVar[bool] = True
     #: whether `recording` tells what was read
     can_record: ClassVar[bool] = False
 

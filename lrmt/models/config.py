@@ -64,9 +64,17 @@ class LongContextConfig(PreTrainedConfig):
         """The settings that shape batches and weights, so that a resumed run must have them as they were."""
         return {f.name: getattr(self, f.name) for f in self.own_settings() if f.name not in self.reading_settings}
 
-    def check_training(self, num_segments: int, *, num_ranks: int = 1, task: str = "", use_peft: bool = True) -> None:
+    def check_training(
+        self,
+        num_segments: int,
+        *,
+        num_ranks: int = 1,
+        task: str = "",
+        use_peft: bool = True,
+        gradient_checkpointing: bool = False,
+    ) -> None:
         """Raises `UsageError` if the method cannot be trained so: on texts of at most `num_segments`, on `num_ranks` processes,
-        on a task of this name, with LoRA or without.
+        on a task of this name, with LoRA or without, with layers that are run again for their gradients.
         """
 
     def activations(self, num_segments: int) -> Activations:
@@ -77,12 +85,21 @@ class LongContextConfig(PreTrainedConfig):
         """FLOPs of reading a text of so many tokens, all of it, with the logits of its last token alone."""
         raise UsageError(f"what a {self.model_type} model costs is not known")
 
+    def train_flops(self, shape: Shape, tokens: int) -> float:
+        """The same as training reads it."""
+        return self.read_flops(shape, tokens)
+
     def state_numbers(self, shape: Shape, tokens: int) -> tuple[int, int]:
         """What is kept of a text of so many tokens: numbers in the backbone's precision, and in fp32."""
         raise UsageError(f"what a {self.model_type} model keeps is not known")
 
     #: vectors of the written memory that notes can be asked of; none: the method takes no notes
     note_length = 0
+
+    @property
+    def num_reading_layers(self) -> int:
+        """Layers of whose attention `recording` tells spans."""
+        return self.num_hidden_layers
 
     @property
     def span_length(self) -> int:
@@ -96,11 +113,14 @@ class LongContextConfig(PreTrainedConfig):
 
 
 class Activations(NamedTuple):
-    """Of one text: `positions` of a segment, how many segments are `live` at once, and `carried`, vectors that are kept besides."""
+    """Of one text: `positions` of a segment, how many segments are `live` at once, and vectors that are kept besides: `carried`, in the
+    backbone's precision, and `single`, in fp32.
+    """
 
     positions: int
     live: int
     carried: int
+    single: int = 0
 
 
 class RecurrentConfig(LongContextConfig):
@@ -168,10 +188,9 @@ class RecurrentConfig(LongContextConfig):
 
     def read_flops(self, shape: Shape, tokens: int) -> float:
         whole, rest = divmod(tokens, self.segment_length)
+        spans = ((self.segment_length, 0, whole), (rest, whole, whole + 1))
         return sum(
-            self.segments_flops(shape, *span)
-            for span in ((self.segment_length, 0, whole), (rest, whole, whole + 1))
-            if span[0]
+            self.segments_flops(shape, size, first, last) for size, first, last in spans if size and first < last
         )
 
     def segments_flops(self, shape: Shape, tokens: int, first: int, last: int) -> float:
@@ -183,7 +202,7 @@ class RecurrentConfig(LongContextConfig):
     def matters_to_training(self) -> dict[str, object]:
         return {k: v for k, v in super().matters_to_training().items() if k != "checkpoint_segments"}
 
-    def check_training(self, num_segments: int, *, num_ranks: int = 1, task: str = "", use_peft: bool = True) -> None:
+    def check_training(self, num_segments: int, *, num_ranks: int = 1, task: str = "", **run) -> None:
         if (
             self.bptt_segments
             and num_ranks > 1

@@ -74,7 +74,7 @@ def named_tensors(memory: Memory) -> dict[str, Tensor]:
 @torch.no_grad()
 def take_named(tensors: dict[str, Tensor], model: RecurrentModel) -> Memory:
     """The inverse, of the structure of any memory of the model; takes its leaves out of `tensors`."""
-    return tree_map_with_path(lambda path, _: tensors.pop(_name(path)), model.start(1))
+    return tree_map_with_path(lambda path, leaf: tensors.pop(_name(path)).to(leaf.device), model.start(1))
 
 
 def _name(path: tuple) -> str:
@@ -93,8 +93,8 @@ def put(rows: Tensor, new: Memory, old: Memory) -> Memory:
     """`old` with `new`, of the rows `[N]`, in their place, and zeros where the new memory has grown."""
 
     def place(a: Tensor, b: Tensor) -> Tensor:
-        b = _grown(b, a).clone()
-        b[rows.to(b.device)] = a
+        b = _grown(b, a).to(torch.promote_types(a.dtype, b.dtype), copy=True)
+        b[rows.to(b.device)] = a.to(b.dtype)
         return b
 
     return tree_map(place, new, old)

@@ -28,7 +28,7 @@ from lrmt.models.recording import Recording, Written, average_attention, eager_a
 from lrmt.models.scoring import IGNORED
 from lrmt.models.segments import Grid, Segment, pad_left
 from lrmt.models.state import State
-from lrmt.models.weights import gathered, in_use
+from lrmt.models.weights import gathered, in_use, uncompiled
 
 
 class SegmentOutput(NamedTuple):
@@ -43,10 +43,13 @@ class SegmentOutput(NamedTuple):
 
 
 class RunningCache(NamedTuple):
-    """The KV cache of the running segment, its mask `[B, S]` (None: no padding), and the model that filled it."""
+    """The KV cache of the running segment, its mask `[B, S]` (None: no padding), how many of its positions stand before the tokens, and the
+    model that filled it.
+    """
 
     kv: DynamicCache
     mask: Tensor | None
+    before: int
     owner: RecurrentModel
 
 
@@ -115,6 +118,10 @@ class RecurrentModel(LongContextModel):
         keeps count, row by row.
         """
         raise NotImplementedError(f"{type(self).__name__} must say what a segment leaves: `write`")
+
+    def to_pass_on(self, memory: Memory) -> Memory:
+        """What a later batch may begin from, of the memories that a batch has left."""
+        return memory
 
     def around(self, memory: Memory, ends: bool):
         """A context in which the decoder runs a segment, as far as it goes; what stands in no segment, but around layers, is set up
@@ -258,7 +265,7 @@ class RecurrentModel(LongContextModel):
         if self.training:
             self._memory_norm = root_mean_square(last)
         if passing:
-            self._passed.leave(last, grid)
+            self._passed.leave(self.to_pass_on(last), grid)
         hidden = torch.cat(hidden)
         if not len(hidden):  # hangs on the memory, so that every rank has gradients
             hidden = hidden + sum(leaf.sum() for leaf in tree_leaves(last)).to(hidden)
@@ -321,10 +328,12 @@ class RecurrentModel(LongContextModel):
     def _open_segment(self, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
         """Runs `[prefix ; running segment]` into a fresh KV cache."""
         embeds, mask = self.get_input_embeddings()(state.pending_ids), state.pending_mask()
-        if (before := self.prefix(state.memory)) is not None:
+        before, tokens = self.prefix(state.memory), embeds.shape[1]
+        if before is not None:
             embeds, mask = torch.cat([before, embeds], dim=1), F.pad(mask, (before.shape[1], 0), value=True)
+        width = embeds.shape[1] - tokens
         embeds, mask, position_ids, _ = pad_left(embeds, None if bool(mask.all()) else mask)
-        cache = RunningCache(DynamicCache(config=self.backbone.config), mask, self)
+        cache = RunningCache(DynamicCache(config=self.backbone.config), mask, width, self)
         return self._run_cached(state, cache, embeds, position_ids)
 
     def _append(self, state: RecurrentState, token: Tensor) -> tuple[Tensor, RecurrentState]:
@@ -348,13 +357,11 @@ class RecurrentModel(LongContextModel):
         if cache is None:
             return self._open_segment(grown)
         mask = None if cache.mask is None else F.pad(cache.mask, (0, 1), value=1)
-        place = length[:, None] + (0 if (before := self.prefix(memory)) is None else before.shape[1])
-        return self._run_cached(
-            grown, cache._replace(kv=_copy(cache.kv), mask=mask), self.get_input_embeddings()(token), place
-        )
+        cache = cache._replace(kv=_copy(cache.kv), mask=mask)
+        return self._run_cached(grown, cache, self.get_input_embeddings()(token), length[:, None] + cache.before)
 
     def _run_cached(self, state, cache: RunningCache, embeds: Tensor, position_ids: Tensor | None):
-        with self.around(state.memory, ends=False):
+        with self.around(state.memory, ends=False), uncompiled(self.backbone):
             hidden, attention = self._decode(
                 inputs_embeds=embeds,
                 attention_mask=cache.mask,
@@ -363,9 +370,8 @@ class RecurrentModel(LongContextModel):
                 use_cache=True,
             )
         if self._record:
-            before = self.prefix(state.memory)
             padding = 0 if cache.mask is None else (cache.mask == 0).sum(1, keepdim=True)
-            place = torch.arange(0 if before is None else before.shape[1], device=hidden.device) + padding
+            place = torch.arange(cache.before, device=hidden.device) + padding
             self._record.looked.append(attention[:, -1].gather(1, place.expand(len(hidden), -1)))
         return hidden[:, -1], dataclasses.replace(state, cache=cache)
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from lrmt.errors import UsageError
 from lrmt.flags import flag
+from lrmt.models.config import Activations
 from lrmt.models.cost import Shape
 from lrmt.models.memory import Memory, RecurrentState
 from lrmt.models.outputs import Text
@@ -57,12 +58,29 @@ class RmtRetrievalConfig(RmtConfig):
             f"got {length} and {m}. Lower `--segment_length` to {window - 3 * m} or less"
         )
 
+    def matters_to_training(self) -> dict[str, object]:
+        return super().matters_to_training() | {"retrieval_top_k": self.retrieval_top_k}
+
+    def check_training(self, num_segments: int, **run) -> None:
+        if self.retrieval_max_segments is not None and self.state_passing:
+            raise UsageError(
+                f"`--retrieval_max_segments` {self.retrieval_max_segments} with `--state_passing` {self.state_passing:g}: passed memories "
+                "bring a past of their own, of any length; leave one of them out"
+            )
+        super().check_training(num_segments, **run)
+
+    def activations(self, num_segments: int) -> Activations:
+        kept = super().activations(num_segments)  # and each segment holds the keys and values of all before it
+        return kept._replace(carried=kept.carried + self.num_memory_tokens * num_segments**2)
+
+    #: retrieval stands before the layers, once
+    num_reading_layers = 1
+
     def segments_flops(self, shape: Shape, tokens: int, first: int, last: int) -> float:
         m, d, n = self.num_memory_tokens, shape.width, last - first
         past = n * (first + last - 1) // 2 * m  # vectors, of all of these segments together
-        maps = (
-            2 * m * d * d * (2 * n + (2 + 8) * (n - (first == 0)))
-        )  # keys and values; query, output, and an MLP of width 4 d
+        # keys and values; query, output, and an MLP of width 4 d
+        maps = 2 * m * d * d * (2 * n + (2 + 8) * (n - (first == 0)))
         return super().segments_flops(shape, tokens, first, last) + maps + 4 * m * d * past
 
     def state_numbers(self, shape: Shape, tokens: int) -> tuple[int, int]:
@@ -125,6 +143,7 @@ class RmtRetrievalForCausalLM(RmtForCausalLM):
     """
 
     config_class = RmtRetrievalConfig
+    later_state_settings = (*RmtForCausalLM.later_state_settings, "retrieval_top_k")
     memory_modules = ["memory_embedding", "retrieved_embedding", "past_keys", "past_reader"]
 
     def __init__(self, config: RmtRetrievalConfig, backbone: PreTrainedModel | None = None):
@@ -140,7 +159,8 @@ class RmtRetrievalForCausalLM(RmtForCausalLM):
 
     def start(self, batch_size: int) -> Memory:
         memory = super().start(batch_size)
-        nothing = memory.new_zeros(batch_size, 0, memory.shape[-1])
+        device = torch.device("cpu") if self.config.retrieval_on_cpu else memory.device
+        nothing = memory.new_zeros(batch_size, 0, memory.shape[-1], device=device)
         there = torch.zeros(batch_size, 0, dtype=torch.bool, device=memory.device)
         return {"memory": memory, "keys": nothing, "values": nothing, "there": there}
 
@@ -150,6 +170,12 @@ class RmtRetrievalForCausalLM(RmtForCausalLM):
         there = memory["there"]
         if there.shape[1] == 0:
             return torch.cat([now, first], dim=1)
+        limit = self.config.retrieval_max_segments
+        if limit is not None and int(there.sum(1).max()) > limit:
+            raise UsageError(
+                f"`--retrieval_max_segments` {limit}: the text has more past segments of {self.config.segment_length} tokens; raise it, or "
+                "read less"
+            )
         read = self._retrieve(memory)[0].to(now.dtype)
         return torch.cat([now, torch.where(there.any(1)[:, None, None], read, first)], dim=1)
 
@@ -159,20 +185,13 @@ class RmtRetrievalForCausalLM(RmtForCausalLM):
     def write(self, memory: Memory, output: SegmentOutput) -> Memory:
         written = super().write(memory["memory"], output)
         keys, values = self.past_keys(written)
-        past = self._of_any_row(memory) if self.training else memory
-        limit, n = self.config.retrieval_max_segments, past["there"].shape[1] + 1
-        if limit is not None and n > limit:
-            raise UsageError(
-                f"`--retrieval_max_segments` {limit}: the text has more segments of {self.config.segment_length} tokens; raise it, or "
-                "read less"
-            )
         new = {"keys": keys, "values": values, "there": memory["there"].new_ones(len(written), 1)}
-        device = torch.device("cpu") if self.config.retrieval_on_cpu else written.device
-        return {"memory": written} | {name: append(past[name], part.to(device)) for name, part in new.items()}
+        return {"memory": written} | {
+            name: append(memory[name], part.to(memory[name].device)) for name, part in new.items()
+        }
 
-    @staticmethod
-    def _of_any_row(memory: Memory) -> Memory:
-        """Without the states that no row has: of texts that a batch of training went on from before."""
+    def to_pass_on(self, memory: Memory) -> Memory:
+        """Without the states that no row has: of texts that a batch went on from before."""
         there = memory["there"]
         kept = there.any(0)
         if bool(kept.all()):
@@ -183,8 +202,10 @@ class RmtRetrievalForCausalLM(RmtForCausalLM):
     def _retrieve(self, memory: Memory) -> tuple[Tensor, Tensor]:
         """R `[B, m, d]`, and the shares of attention `[B, m, n, m]`."""
         now = memory["memory"]
-        past = (memory[name].to(now.device) for name in ("keys", "values", "there"))
-        return self.past_reader(now, *past, self.config.retrieval_top_k)
+        past = [memory[name].to(now.device) for name in ("keys", "values")]
+        if torch.is_grad_enabled():  # a graph would keep what a later text may be written behind, in the same storage
+            past = [part if part.requires_grad else part.clone() for part in past]
+        return self.past_reader(now, *past, memory["there"], self.config.retrieval_top_k)
 
     def _with_noise(self, memory: Memory) -> Memory:
         """On what was written last, once."""
@@ -205,11 +226,11 @@ class RmtRetrievalForCausalLM(RmtForCausalLM):
         if there.shape[1] == 0:
             return [[] for _ in there]
         shares = self._retrieve(state.memory)[1].float().sum(3).mean(1)
-        first = (state.num_tokens - state.pending_length - size * there.sum(1).to(state.num_tokens.device)).tolist()
+        first = (state.num_tokens - state.pending_length - size * there.sum(1)).tolist()
         rows = []
         for row, seen, begin in zip(shares, there, first, strict=True):
             ends = [begin + size * (n + 1) for n in range(int(seen.sum()))]  # only the first can be shorter
-            weights = row[seen.to(row.device)].tolist()
+            weights = row[seen].tolist()
             rows.append([
                 Span(0, n, max(0, end - size), end, weight)
                 for n, (end, weight) in enumerate(zip(ends, weights, strict=True))
@@ -225,7 +246,8 @@ def append(past: Tensor, new: Tensor) -> Tensor:
     if torch.is_grad_enabled() or new.requires_grad:
         return torch.cat([past, new], dim=1)
     room = getattr(past, "room", None)  # the buffer of which it is the filled part
-    if room is None or room.filled != n or room.shape[1] < n + k:
+    ours = room is not None and room.filled == n and room.shape[1] >= n + k
+    if not ours or room.is_inference() != torch.is_inference_mode_enabled():
         room = past.new_empty(len(past), 2 * (n + k), *past.shape[2:], device=new.device)
         room[:, :n] = past
     room[:, n : n + k] = new

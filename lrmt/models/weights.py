@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 
+import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -24,6 +25,13 @@ def gathered(*parameters: Tensor, written: bool = False):
         import deepspeed
 
         return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0 if written else None)
+    return nullcontext()
+
+
+def uncompiled(backbone: nn.Module):
+    """A context in which compiled layers run as they are: with a KV cache, which grows, each would be compiled for itself and again."""
+    if any(layer._compiled_call_impl for layer in layers_of(backbone)):
+        return torch.compiler.set_stance("force_eager")
     return nullcontext()
 
 

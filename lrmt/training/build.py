@@ -18,6 +18,7 @@ from lrmt.adapters.adapter import check_savable, read_config, saved_tensors
 from lrmt.adapters.backbone import (
     backbone_fingerprint,
     build_empty,
+    check_compilable,
     compile_layers,
     load_backbone,
     quantization_of,
@@ -92,6 +93,8 @@ def build_empty_model(
     Raises:
         UsageError: as `build_model`, but for what only weights can show.
     """
+    if model_args.compile_layers:
+        check_compilable(model_class)
     if model_args.compile_layers and sharded:
         raise UsageError(
             "`--compile_layers true`: DeepSpeed gathers weights between the steps of a layer; leave it out, or launch without ds_configs"

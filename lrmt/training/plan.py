@@ -84,12 +84,15 @@ def _estimate_memory(
     wide, batch = _width(model_args), training_args.per_device_train_batch_size
     trained_width = wide if under_deepspeed else 4
     state_bytes = 2 * 4 + (4 if under_deepspeed else 0)  # Adam's two moments; fp32 copies beside 16-bit trainables
+    # PEFT keeps what it trains in full twice: as it was, too
+    frozen = (p for name, p in model.named_parameters() if not p.requires_grad and ".original_module." in name)
+    copies = sum(p.numel() for p in frozen)
     kept, shape = method.activations(segments), shape_of(backbone)
     per_segment = batch * wide * shape.layers * shape.layer_numbers(kept.positions)
     return {
-        "frozen backbone": _backbone_bytes(backbone, model_args) / sharded,
+        "frozen backbone": (_backbone_bytes(backbone, model_args) + copies * trained_width) / sharded,
         "trainable weights and gradients": count * trained_width * 2 / sharded,
         "optimizer states": count * state_bytes / (world if stage >= 2 else 1),
         f"activations of {kept.live} segment(s)": per_segment * kept.live,
-        f"memory states of {segments} segments": batch * kept.carried * shape.width * wide,
+        f"memory states of {segments} segments": batch * shape.width * (kept.carried * wide + kept.single * 4),
     }

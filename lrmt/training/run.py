@@ -202,6 +202,7 @@ def _check_method(
         num_ranks=training_args.world_size,
         task=task_args.task,
         use_peft=model_args.use_peft,
+        gradient_checkpointing=training_args.gradient_checkpointing or training_args.activation_checkpointing,
     )
     curriculum.slack = config.length_slack
     return empty

@@ -66,7 +66,8 @@ def test_training_goes_forward_twice_and_back(backbones, tmp_path):
     [
         (["--method", "rmtt"], "--method must be of full, rmt, rmt_retrieval, armt, landmark; got 'rmtt'; did you mean rmt"),
         (["--length", "0k"], "--length must be 1 token or more; got 0k"),
-        (["--length", "many"], "many"),
+        (["--length", "many"], "--length takes"),
+        (["--training", "--method", "landmark", "--length", "1M"], "window of 256"),
         (["--rate", "0"], "--rate must be more than 0; got 0"),
         (["--segment_length", "250"], "window of 256"),
         (["--top_k", "0"], "--top_k must be at least 1; got 0"),

@@ -1,9 +1,11 @@
 """ARMT against a literal loop over tokens, layers and segments, and what it adds to a backbone."""
 
+import copy
+
 import pytest
 import torch
 from test_rmt import BACKBONES, LENGTH, assert_same_gradients, gradients, ids, llama, next_token_loss
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, FalconConfig
 
 from lrmt.errors import UsageError
 from lrmt.models import ArmtConfig, ArmtForCausalLM
@@ -132,11 +134,45 @@ def test_noise_leaves_what_is_empty_empty():
     assert float(share.std()) == pytest.approx(0.5, rel=0.2) and float(share.mean()) == pytest.approx(1, abs=0.1)
 
 
+def test_association_is_in_fp32_under_autocast():
+    model = build().float()
+    text = ids(1, 3 * LENGTH)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        memory = model.read(text).memory
+        read = memory[0].read(torch.rand(1, 5, 6 * DIM))
+    assert {leaf.dtype for one in memory for leaf in one} == {torch.float32} == {read.dtype}
+
+
+def test_a_copy_has_its_own_memory():
+    model, text = build(), ids(2, 3 * LENGTH)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.memory_embedding.weight.zero_()
+        assert torch.equal(copy.deepcopy(model)(text).logits, model(text).logits)
+        assert not torch.equal(twin(text).logits, model(text).logits)
+
+
+def test_layers_that_give_a_tuple():
+    config = FalconConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=False, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    backbone = AutoModelForCausalLM.from_config(config).double().eval()
+    model = ArmtForCausalLM.from_backbone(
+        backbone, num_memory_tokens=M, segment_length=LENGTH, association_dim=DIM
+    ).eval()
+    text = ids(2, 2 * LENGTH)
+    want = torch.cat([backbone(part).logits for part in text.split(LENGTH, dim=1)], dim=1)
+    torch.testing.assert_close(model(text).logits, want)
+    assert float(model.read(text).memory[1].norm.abs().sum()) > 0
+
+
 def test_gradient_checkpointing_of_layers_is_refused():
     model = build().train()
     model.backbone.gradient_checkpointing_enable()
     with pytest.raises(UsageError, match="`--checkpoint_segments true` instead"):
         model(ids(1, LENGTH), labels=ids(1, LENGTH))
+    with pytest.raises(UsageError, match="`--checkpoint_segments true` instead"):
+        model.config.check_training(3, gradient_checkpointing=True)  # in a dry run too
 
 
 @pytest.mark.parametrize(

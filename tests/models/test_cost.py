@@ -28,7 +28,7 @@ def test_every_method_has_a_cost():
     assert set(SETTINGS) == set(METHODS)
 
 
-@pytest.mark.parametrize("length", [64, 500, 2048])
+@pytest.mark.parametrize("length", [20, 64, 500, 2048])
 @pytest.mark.parametrize("method", [*SETTINGS, "backbone"])
 def test_flops_are_those_that_torch_counts(method, length):
     torch.manual_seed(0)

@@ -88,6 +88,9 @@ METHODS = {
     "rmt": (RmtForCausalLM, LlamaConfig(**SHAPE), {"num_memory_tokens": 3, "segment_length": 12}),
     "rmt-window": (RmtForCausalLM, MistralConfig(**SHAPE, sliding_window=7), {"num_memory_tokens": 3, "segment_length": 12}),
     "rmt_retrieval": (RmtRetrievalForCausalLM, LlamaConfig(**SHAPE), {"num_memory_tokens": 3, "segment_length": 12}),
+    "rmt_retrieval-past-on-cpu": (
+        RmtRetrievalForCausalLM, LlamaConfig(**SHAPE), {"num_memory_tokens": 3, "segment_length": 12, "retrieval_on_cpu": True},
+    ),
     "armt": (ArmtForCausalLM, LlamaConfig(**SHAPE), {"num_memory_tokens": 3, "segment_length": 12, "association_dim": 4}),
     "past": (PastForCausalLM, LlamaConfig(**SHAPE), {"segment_length": 12}),
     "tree": (TreeForCausalLM, LlamaConfig(**SHAPE), {"segment_length": 12}),

@@ -192,7 +192,66 @@ def test_what_cannot_work_is_refused(settings, told):
 
 def test_a_past_beyond_its_limit_is_refused():
     model = build(retrieval_max_segments=2)
+    model(ids(1, 3 * LENGTH), labels=ids(1, 3 * LENGTH))  # of three segments the last reads two
+    state = model.read(ids(1, 2 * LENGTH + 3))
+    model.generate(ids(1, 3), state=state, max_new_tokens=2, do_sample=False)
+    told = "`--retrieval_max_segments` 2: the text has more past segments of 12 tokens"
+    with pytest.raises(UsageError, match=told):
+        model.read(ids(1, 2 * LENGTH), state=state)
+    with pytest.raises(UsageError, match=told):
+        model(ids(1, 4 * LENGTH), labels=ids(1, 4 * LENGTH))
+    with pytest.raises(UsageError, match="passed memories"):
+        build(retrieval_max_segments=2, state_passing=0.5).config.check_training(3)
+
+
+def test_how_much_of_the_past_is_read_is_part_of_a_state_and_a_run():
+    state = build().read(ids(1, 3 * LENGTH))
+    with pytest.raises(UsageError, match="made by another model"):
+        build(retrieval_top_k=1).read(ids(1, LENGTH), state=state)
+    assert build(retrieval_on_cpu=True).read(ids(1, LENGTH), state=state)
+    assert build(retrieval_top_k=1).config.matters_to_training()["retrieval_top_k"] == 1
+
+
+def test_a_graph_is_not_written_into():
+    """Of a state that another text goes on from before the gradients are taken; and of truncated windows behind a read part."""
+    model = build(checkpoint_segments=False)
     state = model.read(ids(1, 3 * LENGTH))
-    with pytest.raises(UsageError, match="`--retrieval_max_segments` 2: the text has more segments of 12 tokens"):
-        model.read(ids(1, LENGTH), state=state)
-    assert state.memory["there"].shape[1] == 2
+    text = ids(1, 2 * LENGTH, seed=3)
+    loss = model(text, labels=text, state=state).loss
+    want = gradients(model, model(text, labels=text, state=state).loss)
+    model.read(ids(1, 4 * LENGTH), state=state)
+    assert_same_gradients(gradients(model, loss), want)
+    truncated = build(checkpoint_segments=False, bptt_segments=1)
+    text = ids(1, 4 * LENGTH)
+    truncated(text, labels=text).loss.backward()
+    assert float(truncated.past_reader.query.weight.grad.abs().sum()) > 0
+
+
+def test_a_past_read_in_inference_mode_is_gone_on_from_outside():
+    model = build()
+    with torch.inference_mode():
+        state = model.read(ids(1, 3 * LENGTH + 1))
+    with torch.no_grad():
+        after = model.read(ids(1, 3 * LENGTH), state=state)
+    with torch.inference_mode():
+        again = model.read(ids(1, 3 * LENGTH), state=after)
+    assert again.memory["there"].shape[1] == 9 and state.memory["there"].shape[1] == 3
+
+
+def test_generation_retrieves_once_a_segment(monkeypatch):
+    model, calls = build(), []
+    state = model.read(ids(1, 3 * LENGTH + 1))
+    forward = model.past_reader.forward
+    monkeypatch.setattr(model.past_reader, "forward", lambda *args: calls.append(1) or forward(*args))
+    model.generate(ids(1, 1), state=state, max_new_tokens=8, do_sample=False)
+    assert len(calls) == 1
+
+
+def test_a_row_that_has_ended_keeps_its_past():
+    """Columns that no row has any more are dropped where memories are passed on, of all rows alike."""
+    model = build(state_passing=1.0).train()
+    left = model.eval().read(ids(2, 4 * LENGTH + 1)).memory
+    left["there"] = torch.tensor([[False, False, True, True], [False, True, True, True]])
+    passed = model.to_pass_on(left)
+    assert passed["there"].tolist() == [[False, True, True], [True, True, True]]
+    assert torch.equal(passed["keys"], left["keys"][:, M:]) and torch.equal(passed["values"], left["values"][:, M:])

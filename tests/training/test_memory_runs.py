@@ -132,7 +132,12 @@ def test_evaluates_and_looks_inside(folders, method, tmp_path):
     assert len(memory["segments"]) == 4
     if method == "rmt_retrieval":
         read = json.loads((tmp_path / "i" / "retrieval.json").read_text())
-        assert {record["start_token"] for record in read} <= {0, 80, 160, 240} and len(read) >= 3
+        assert {record["start_token"] for record in read} <= {0, 80, 160, 240} and {
+            record["layer"] for record in read
+        } == {0}
+        assert sum(record["share"] for record in read) == pytest.approx(
+            len({record["answer_token"] for record in read}), abs=0.01
+        )
 
 
 @pytest.mark.distributed

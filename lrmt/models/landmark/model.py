@@ -109,13 +109,16 @@ class LandmarkConfig(LongContextConfig):
             blocks = (begin + width) // size
         return flops
 
+    def train_flops(self, shape: Shape, tokens: int) -> float:
+        return shape.run(tokens + tokens // (self.block_length - 1))
+
     def state_numbers(self, shape: Shape, tokens: int) -> tuple[int, int]:
         return 2 * shape.layers * shape.keys * (tokens + tokens // (self.block_length - 1)), 0
 
     def activations(self, num_segments: int) -> Activations:
         return Activations(self.max_positions, num_segments, 0)
 
-    def check_training(self, num_segments: int, *, num_ranks: int = 1, task: str = "", use_peft: bool = True) -> None:
+    def check_training(self, num_segments: int, *, use_peft: bool = True, **run) -> None:
         if not use_peft and self.landmark_embedding == "frozen_mean":
             raise UsageError(
                 "`--use_peft false` with `--landmark_embedding frozen_mean` trains nothing; leave one of them out"
@@ -142,6 +145,7 @@ class LandmarkForCausalLM(LongContextModel):
     state_class = LandmarkState
     state_settings = ("block_length", "top_k", "context_length")
     memory_modules: ClassVar[list[str]] = ["landmark_embedding"]
+    can_compile = False  # each chunk attends in its own way
 
     def __init__(self, config: LandmarkConfig, backbone: PreTrainedModel | None = None):
         super().__init__(config, backbone)
