@@ -168,7 +168,10 @@ def test_the_shipped_adapter_remembers(official, tmp_path, monkeypatch):
     assert accuracy["rmt"] > accuracy["backbone"] + 0.15
 
 
-@pytest.mark.parametrize(("name", "size"), [("rmt-qa1", 1), ("smollm2-passkey", 12), ("smollm2-babilong", 12)])
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("rmt-qa1", 1), ("smollm2-passkey", 12), ("smollm2-babilong", 12), ("smollm2-babilong-mixed", 12)],
+)
 def test_shipped_adapters_are_small_and_tell_no_paths(name, size):
     folder = ASSETS / name
     assert sum(file.stat().st_size for file in folder.iterdir()) < size * 2**20
@@ -176,7 +179,7 @@ def test_shipped_adapters_are_small_and_tell_no_paths(name, size):
         assert not re.search(r"""["' ]/\w""", file.read_text()), file.name
 
 
-@pytest.mark.parametrize("name", ["smollm2-passkey", "smollm2-babilong"])
+@pytest.mark.parametrize("name", ["smollm2-passkey", "smollm2-babilong", "smollm2-babilong-mixed"])
 def test_cards_say_how_it_was_made_and_what_it_gives(name):
     """As its settings do; every figure with its command."""
     card = (ASSETS / name / "README.md").read_text()
