@@ -24,4 +24,8 @@ from pathlib import Path
 from lrmt.training.recipe import run_recipe
 
 if __name__ == "__main__":
-    run_recipe("rmt_retrieval", default_config=Path(__file__).parent / "configs" / "rmt_retrieval_tiny_llama.yaml", description=__doc__)
+    run_recipe(
+        "rmt_retrieval",
+        default_config=Path(__file__).parent / "configs" / "rmt_retrieval_tiny_llama.yaml",
+        description=__doc__,
+    )
