@@ -34,7 +34,7 @@ class OpeningSettings(Options):
     )
     load_in_4bit: bool | None = flag(None, "Backbone in NF4; false: in full (default: as trained).")
     compile_layers: bool = flag(
-        False, "Compile the backbone's layers with torch.compile: long texts are read faster, after a minute."
+        False, "Compile the backbone's layers with torch.compile, which takes a minute or two; measure whether it pays."
     )
     reading: dict[str, object] = field(default_factory=dict)
 

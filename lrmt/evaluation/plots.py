@@ -244,15 +244,8 @@ def draw_perplexity(records: list[dict]) -> bytes:
         tokens, values = ([r[key] for r in line] for key in ("length_tokens", "perplexity"))
         errors = [r["perplexity"] * (r["nll_stderr"] or 0.0) for r in line]
         axes.errorbar(tokens, values, errors, marker="o", capsize=3, label=model)
-    ticks = sorted({record["length_tokens"] for record in records})
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(ticks, [format_tokens(n) for n in ticks])
-    axes.minorticks_off()
-    axes.set_xlabel("Context, tokens")
     axes.set_ylabel("Perplexity")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    return to_png(figure)
+    return over_tokens(figure, axes, {record["length_tokens"] for record in records}, "Context, tokens")
 
 
 def draw_costs(records: list[dict]) -> bytes:
@@ -267,13 +260,17 @@ def draw_costs(records: list[dict]) -> bytes:
     for method in dict.fromkeys(record["method"] for record in records):
         line = [(r["tokens"], r["flops"]) for r in records if r["method"] == method]
         axes.plot(*zip(*line, strict=True), marker="o", label=method)
-    ticks = sorted({record["tokens"] for record in records})
-    axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xticks(ticks, [format_tokens(n) for n in ticks])
-    axes.minorticks_off()
-    axes.set_xlabel("Tokens")
     axes.set_ylabel("FLOPs")
+    return over_tokens(figure, axes, {record["tokens"] for record in records}, "Tokens")
+
+
+def over_tokens(figure, axes, tokens: set[int], label: str) -> bytes:
+    """A PNG of lines over numbers of tokens, on a log axis that has a tick for each."""
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted(tokens), [format_tokens(n) for n in sorted(tokens)])
+    axes.minorticks_off()
+    axes.set_xlabel(label)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     return to_png(figure)

@@ -193,13 +193,10 @@ class ArmtForCausalLM(RecurrentModel):
         written, self._written = self._written, None
         return written
 
-    def _with_noise(self, memory: Memory) -> Memory:
+    def shake(self, memory: Memory, noise: float) -> Memory:
         """On each entry of the matrices in proportion to itself: where nothing was written a norm is 0, and any noise would be divided by
         next to nothing.
         """
-        noise = self.config.memory_noise * self.noise_share
-        if not self.training or noise == 0:
-            return memory
         return [one._replace(matrix=one.matrix * (1 + noise * torch.randn_like(one.matrix))) for one in memory]
 
     @contextlib.contextmanager

@@ -216,14 +216,16 @@ class RecurrentModel(LongContextModel):
 
     def _with_noise(self, memory: Memory) -> Memory:
         noise = self.config.memory_noise * self.noise_share
-        if not self.training or noise == 0:
-            return memory
+        return memory if not self.training or noise == 0 else self.shake(memory, noise)
 
-        def shake(tensor):
+    def shake(self, memory: Memory, noise: float) -> Memory:
+        """With noise on what was written last, of this share of its size."""
+
+        def shaken(tensor):
             size = tensor.detach().pow(2).mean(-1, keepdim=True).sqrt()
             return tensor + noise * size * torch.randn_like(tensor)
 
-        return tree_map(shake, memory)
+        return tree_map(shaken, memory)
 
     def _grid(
         self, input_ids: Tensor, mask: Tensor | None, wanted: Tensor | None, state: State | None, notes=None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,6 +22,9 @@ class RmtConfig(RecurrentConfig):
     """Settings of RMT. L + 2m positions must fit into the backbone's window; m = 0 gives the plain backbone, segment by segment."""
 
     model_type = "rmt"
+    memory_copies: ClassVar[int] = (
+        2  #: how often m positions stand beside a segment's tokens: M to read, and M to write
+    )
 
     num_memory_tokens: int = flag(16, "Memory tokens m that carry the past.")
     memory_positions: bool = flag(
@@ -49,13 +54,13 @@ class RmtConfig(RecurrentConfig):
 
     @property
     def positions(self) -> int:
-        return self.segment_length + 2 * self.num_memory_tokens
+        return self.segment_length + self.memory_copies * self.num_memory_tokens
 
     def refuse_window(self, window: int) -> None:
-        length, m = self.segment_length, self.num_memory_tokens
+        length, m, copies = self.segment_length, self.num_memory_tokens, self.memory_copies
         raise UsageError(
-            f"`--segment_length` + 2 × `--num_memory_tokens` must fit into the backbone's window of {window}; "
-            f"got {length} and {m}. Lower `--segment_length` to {window - 2 * m} or less"
+            f"`--segment_length` + {copies} × `--num_memory_tokens` must fit into the backbone's window of {window}; "
+            f"got {length} and {m}. Lower `--segment_length` to {window - copies * m} or less"
         )
 
     def activations(self, num_segments: int) -> Activations:

@@ -26,6 +26,7 @@ class RmtRetrievalConfig(RmtConfig):
     """Settings of RMT-R. L + 3m positions must fit into the backbone's window."""
 
     model_type = "rmt_retrieval"
+    memory_copies = 3  # M, R, and M to write
     reading_settings = ("retrieval_top_k", "retrieval_max_segments", "retrieval_on_cpu")
     placement_settings: ClassVar[tuple[str, ...]] = ("retrieval_max_segments", "retrieval_on_cpu")
 
@@ -46,17 +47,6 @@ class RmtRetrievalConfig(RmtConfig):
         if not 0 <= self.retrieval_dropout < 1:
             raise UsageError(f"`--retrieval_dropout` must lie in [0, 1); got {self.retrieval_dropout}")
         super().__post_init__(**kwargs)
-
-    @property
-    def positions(self) -> int:
-        return self.segment_length + 3 * self.num_memory_tokens
-
-    def refuse_window(self, window: int) -> None:
-        length, m = self.segment_length, self.num_memory_tokens
-        raise UsageError(
-            f"`--segment_length` + 3 × `--num_memory_tokens` must fit into the backbone's window of {window}; "
-            f"got {length} and {m}. Lower `--segment_length` to {window - 3 * m} or less"
-        )
 
     def matters_to_training(self) -> dict[str, object]:
         return super().matters_to_training() | {"retrieval_top_k": self.retrieval_top_k}
@@ -207,12 +197,11 @@ class RmtRetrievalForCausalLM(RmtForCausalLM):
             past = [part if part.requires_grad else part.clone() for part in past]
         return self.past_reader(now, *past, memory["there"], self.config.retrieval_top_k)
 
-    def _with_noise(self, memory: Memory) -> Memory:
-        """On what was written last, once."""
+    def shake(self, memory: Memory, noise: float) -> Memory:
         m = memory["memory"].shape[1]
-        shaken = super()._with_noise({name: memory[name][:, -m:] for name in ("memory", "keys", "values")})
-        past = {name: torch.cat([memory[name][:, :-m], shaken[name]], dim=1) for name in ("keys", "values")}
-        return memory | past | {"memory": shaken["memory"]} if self.training else memory
+        last = super().shake({name: memory[name][:, -m:] for name in ("memory", "keys", "values")}, noise)
+        past = {name: torch.cat([memory[name][:, :-m], last[name]], dim=1) for name in ("keys", "values")}
+        return memory | past | {"memory": last["memory"]}
 
     def go_on(self, text: Text) -> tuple[Tensor, RecurrentState]:
         hidden, state = super().go_on(text)

@@ -7,7 +7,7 @@ import dataclasses
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from lrmt.errors import UsageError
@@ -22,6 +22,7 @@ from lrmt.models.landmark.hooks import check_backbone, switch_sliding_window_off
 from lrmt.models.landmark.state import LandmarkState
 from lrmt.models.outputs import Encoded, Text
 from lrmt.models.recording import Recording, Span
+from lrmt.models.weights import layers_of
 
 #: tokens for which places are computed at once: a long text takes no memory but its own
 TOKENS_LAID_OUT_AT_ONCE = 8192
@@ -206,8 +207,10 @@ class LandmarkForCausalLM(LongContextModel):
     @torch.no_grad()
     def find_fault(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> str:
         text, inputs = self._open(input_ids, attention_mask, None, None), []
-        layers = next(m for m in self.backbone.base_model.children() if isinstance(m, nn.ModuleList))
-        hooks = [layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for layer in layers]
+        hooks = [
+            layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+            for layer in layers_of(self.backbone)
+        ]
         try:
             mask = torch.ones_like(text.ids, dtype=torch.bool) if text.mask is None else text.mask
             self._read_whole(text.ids, mask)
