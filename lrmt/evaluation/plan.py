@@ -6,6 +6,7 @@ import math
 from typing import NamedTuple
 
 from lrmt.adapters.backbone import build_empty, read_backbone_config
+from lrmt.errors import UsageError, suggest
 from lrmt.evaluation.planning import PlanSettings
 from lrmt.evaluation.plots import draw_costs
 from lrmt.files import check_writable, to_json, write_files
@@ -14,6 +15,7 @@ from lrmt.models import METHODS
 from lrmt.models.config import LongContextConfig
 from lrmt.models.cost import NF4_BYTES, Shape, check_known, shape_of
 
+FULL = "full"
 WIDE = 2  # bytes of a number of the backbone
 
 
@@ -27,13 +29,17 @@ class Cost(NamedTuple):
 
 def run_plan(settings: PlanSettings) -> None:
     """Prints a table of the costs, and writes them where asked to."""
+    names = (FULL, *METHODS)
+    for name in settings.method or ():
+        if name not in names:
+            raise UsageError(f"--method must be of {', '.join(names)}; got {name!r}{suggest(name, names)}")
     backbone_config = read_backbone_config(settings.model, flag="--model")
     backbone = build_empty(backbone_config)
     check_known(backbone, f"--model {settings.model}")
     shape = shape_of(backbone)
     if settings.output_dir is not None:
         check_writable(settings.output_dir)
-    methods = {name: build_config(name, settings, backbone_config) for name in settings.method}
+    methods = {name: build_config(name, settings, backbone_config) for name in settings.method or names}
     records = []
     for tokens in settings.tokens:
         full = cost_of(None, shape, tokens, settings.training)
@@ -52,7 +58,7 @@ def run_plan(settings: PlanSettings) -> None:
 
 def build_config(name: str, settings: PlanSettings, backbone_config) -> LongContextConfig | None:
     """The method's settings, as far as it has them; None: full attention, which has none."""
-    if name == "full":
+    if name == FULL:
         return None
     kind = METHODS[name].config_class
     known = {field.name for field in kind.own_settings()}
@@ -79,7 +85,7 @@ def cost_of(config: LongContextConfig | None, shape: Shape, tokens: int, trainin
         if training:
             config.check_training(segments)
         kept = config.activations(segments)
-        positions, again = kept.positions, hasattr(config, "checkpoint_segments")
+        positions, again = kept.positions, config.runs_again
         live = 1 if again or not training else kept.live
     flops = matrices + attention
     if training:

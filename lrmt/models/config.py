@@ -32,6 +32,8 @@ class LongContextConfig(PreTrainedConfig):
     placement_settings: ClassVar[tuple[str, ...]] = ()
     #: tokens by which training texts should differ in length, so that their ends meet every place of an attention block
     length_slack = 0
+    #: whether training runs what it reads forward once more, for its gradients
+    runs_again = False
 
     backbone_config: dict | PreTrainedConfig | None = None
     backbone_name: str | None = None
@@ -83,7 +85,7 @@ class LongContextConfig(PreTrainedConfig):
 
     def read_flops(self, shape: Shape, tokens: int) -> float:
         """FLOPs of reading a text of so many tokens, all of it, with the logits of its last token alone."""
-        raise UsageError(f"what a {self.model_type} model costs is not known")
+        raise UsageError(f"--method: what a {self.model_type} model costs is not known; leave it out")
 
     def train_flops(self, shape: Shape, tokens: int) -> float:
         """The same as training reads it."""
@@ -91,7 +93,7 @@ class LongContextConfig(PreTrainedConfig):
 
     def state_numbers(self, shape: Shape, tokens: int) -> tuple[int, int]:
         """What is kept of a text of so many tokens: numbers in the backbone's precision, and in fp32."""
-        raise UsageError(f"what a {self.model_type} model keeps is not known")
+        raise UsageError(f"--method: what a {self.model_type} model keeps is not known; leave it out")
 
     #: vectors of the written memory that notes can be asked of; none: the method takes no notes
     note_length = 0
@@ -173,6 +175,8 @@ class RecurrentConfig(LongContextConfig):
         window = getattr(self.backbone_config, "max_position_embeddings", None)
         if window is not None and self.positions > window:
             self.refuse_window(window)
+
+    runs_again = property(lambda self: self.checkpoint_segments)
 
     @property
     def positions(self) -> int:
