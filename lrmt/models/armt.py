@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +15,12 @@ from lrmt.errors import UsageError
 from lrmt.flags import flag
 from lrmt.models.config import Activations, RecurrentConfig
 from lrmt.models.cost import Shape
+from lrmt.models.diagonal import run_diagonally
 from lrmt.models.memory import Memory
 from lrmt.models.recurrent import RecurrentModel, SegmentOutput
 from lrmt.models.scoring import widened
-from lrmt.models.weights import layers_of
+from lrmt.models.segments import Grid
+from lrmt.models.weights import in_use, layers_of
 
 ROLLS = 3  # ν of DPFP-ν, the features of keys and queries (Schlag et al. 2021, arXiv 2102.11174, §4.3)
 LAYERS_AGAIN = "`--gradient_checkpointing` runs layers a second time without their memory; set `--checkpoint_segments true` instead"
@@ -28,11 +31,17 @@ class ArmtConfig(RecurrentConfig):
     """Settings of ARMT. L + m positions must fit into the backbone's window."""
 
     model_type = "armt"
+    reading_settings: ClassVar[tuple[str, ...]] = ("diagonal_batching",)
 
     num_memory_tokens: int = flag(
         16, "Memory tokens m at the end of each segment, which write to the memory of each layer."
     )
     association_dim: int = flag(64, "Of keys and queries; a layer's memory is a matrix of 6 × this × the hidden size.")
+    diagonal_batching: bool = flag(
+        False,
+        "A text is read by all layers at once, each on the segment that it has come to: many small products become few large ones. "
+        "Wants weights in 16 or 32 bits, and room for them twice.",
+    )
 
     def __post_init__(self, **kwargs):
         for name in ("num_memory_tokens", "association_dim"):
@@ -116,7 +125,7 @@ class Queries(nn.Module):
 
     def forward(self, hidden: Tensor, layer: int) -> Tensor:
         """`[B, W, d]` to `[B, W, p]`, in fp32 or wider."""
-        return features(_apply(self.maps[layer], hidden))
+        return ask(self.maps[layer], hidden)
 
 
 class Writers(nn.Module):
@@ -133,13 +142,39 @@ class Writers(nn.Module):
 
     def forward(self, hidden: Tensor, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         """`[B, m, d]` to keys `[B, m, p]`, values `[B, m, d]` and shares `[B, m, 1]`, in fp32 or wider."""
-        share = _apply(self.shares[layer], hidden).sigmoid()
-        return features(_apply(self.keys[layer], hidden)), _apply(self.values[layer], hidden), share
+        return tell(self.keys[layer], self.values[layer], self.shares[layer], hidden)
+
+
+def ask(query: nn.Linear, hidden: Tensor) -> Tensor:
+    return features(_apply(query, hidden))
+
+
+def tell(key: nn.Linear, value: nn.Linear, share: nn.Linear, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return features(_apply(key, hidden)), _apply(value, hidden), _apply(share, hidden).sigmoid()
 
 
 def _apply(linear: nn.Linear, hidden: Tensor) -> Tensor:
     with torch.autocast(hidden.device.type, enabled=False):
         return widened(linear(hidden.to(linear.weight.dtype)))
+
+
+class Cell(nn.Module):
+    """A layer with its maps, as a function of its memory: what hooks do around it, in one call."""
+
+    def __init__(self, number: int, layer: nn.Module, queries: Queries, writers: Writers, num_memory_tokens: int):
+        super().__init__()
+        self.layer, self.query, self.num_memory_tokens = layer, queries.maps[number], num_memory_tokens
+        self.writers = nn.ModuleList(maps[number] for maps in (writers.keys, writers.values, writers.shares))
+
+    def forward(self, hidden: Tensor, matrix: Tensor, norm: Tensor, **inputs) -> tuple[Tensor, Tensor, Tensor]:
+        now = Association(matrix, norm)
+        output = self.layer(hidden + now.read(ask(self.query, hidden)).to(hidden.dtype), **inputs)
+        hidden = first_of(output)
+        return hidden, *now.write(*tell(*self.writers, hidden[:, -self.num_memory_tokens :]))
+
+
+def first_of(output: Tensor | tuple) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
 
 
 class ArmtForCausalLM(RecurrentModel):
@@ -220,5 +255,52 @@ class ArmtForCausalLM(RecurrentModel):
     @torch.compiler.disable
     def _write_behind(self, number: int, layer: nn.Module, args: tuple, output: Tensor | tuple) -> None:
         if self._written is not None and self._now is not None:
-            hidden = (output[0] if isinstance(output, tuple) else output)[:, -self.config.num_memory_tokens :]
+            hidden = first_of(output)[:, -self.config.num_memory_tokens :]
             self._written.append(self._now[number].write(*self.writers(hidden, number)))
+
+    # ------------------------------------------------------------------ all layers at once
+
+    def _recur(self, grid: Grid, window: range, memory: Memory, noisy: bool = True) -> tuple[list, Memory, list]:
+        run, free = super()._recur, grid.wanted is None and grid.notes is None and self._record is None
+        whole = [s for s in window if grid.is_whole(s)] if self.config.diagonal_batching and free else []
+        if len(whole) < 2 or torch.is_grad_enabled():
+            return run(grid, window, memory, noisy)
+        begin, end = whole[0] + 1, whole[-1] + 1
+        with (
+            self._layer_inputs() as inputs
+        ):  # the first runs layer by layer, and tells what layers are given besides hidden states
+            memory = run(grid, range(window.start, begin), memory, noisy)[1]
+        memory = self._read_diagonally((grid[s].ids for s in range(begin, end)), memory, inputs)
+        return [], run(grid, range(end, window.stop), memory, noisy)[1], []
+
+    @contextlib.contextmanager
+    def _layer_inputs(self):
+        """Gives a list of what each layer was called with by name, whole when the context ends."""
+        inputs = []
+        hooks = [
+            layer.register_forward_pre_hook(lambda layer, args, kwargs: inputs.append(kwargs), with_kwargs=True)
+            for layer in layers_of(self.backbone)
+        ]
+        try:
+            yield inputs
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _read_diagonally(self, segments: Iterator[Tensor], memory: Memory, inputs: list[dict]) -> Memory:
+        """The memory after segments of one length, of ids `[B, L]`, without padding."""
+        layers = layers_of(self.backbone)
+        if any(not weight.is_floating_point() for layer in layers for weight in layer.parameters()):
+            raise UsageError(
+                "`--diagonal_batching` multiplies by the weights of all layers at once, which weights in 4 bits are not there for. Add "
+                "`--load_in_4bit false`, or leave it out"
+            )
+        inputs = inputs[-len(layers) :]
+        if any(one.get("attention_mask") is not inputs[0].get("attention_mask") for one in inputs):
+            raise UsageError("`--diagonal_batching` needs layers that all see the same of a segment; leave it out")
+        queries, writers, m = in_use(self.queries), in_use(self.writers), self.config.num_memory_tokens
+        cells = [Cell(number, layer, queries, writers, m) for number, layer in enumerate(layers)]
+        embeds = (torch.cat([self.get_input_embeddings()(ids), self.suffix(memory)], dim=1) for ids in segments)
+        stacked = [torch.stack(part) for part in zip(*memory, strict=True)]
+        matrices, norms = run_diagonally(cells, embeds, stacked, **inputs[0])
+        return [Association(matrix, norm) for matrix, norm in zip(matrices, norms, strict=True)]

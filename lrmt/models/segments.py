@@ -137,6 +137,11 @@ class Grid:
         """For each row: does it have a segment after s, so that its memory is written at the end of s?"""
         return [s + 1 < n for n in self.segments_per_row]
 
+    def is_whole(self, s: int) -> bool:
+        """Has every row all tokens of segment s, and another segment after it?"""
+        low, high = s * self.segment_length, (s + 1) * self.segment_length
+        return all(start <= low and high < start + n for start, n in zip(self.start, self.length, strict=True))
+
     def needed(self, s: int, segment: Segment) -> Tensor:
         """Which rows segment s has something of: a memory that it writes, or a hidden state that is wanted; `[N]`."""
         needed = torch.tensor(self.running(s), device=self.ids.device)

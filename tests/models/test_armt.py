@@ -4,7 +4,10 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from test_rmt import BACKBONES, LENGTH, assert_same_gradients, gradients, ids, llama, next_token_loss
+from torch import nn
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, FalconConfig
 
 from lrmt.errors import UsageError
@@ -188,3 +191,72 @@ def test_gradient_checkpointing_of_layers_is_refused():
 def test_what_cannot_work_is_refused(settings, told):
     with pytest.raises(UsageError, match=told):
         ArmtConfig(backbone_config=llama(), **{"num_memory_tokens": M, "segment_length": LENGTH} | settings)
+
+
+# --- all layers at once --------------------------------------------------------------------------------------------------
+
+
+def assert_same_memory(got, want, tolerance):
+    for one, other in zip(tree_leaves(got.memory), tree_leaves(want.memory), strict=True):
+        assert one.shape == other.shape and float(other.norm()) > 0
+        assert float((one - other).norm()) <= tolerance * float(other.norm())
+
+
+@pytest.mark.parametrize("alignment", ["left", "right"])
+@pytest.mark.parametrize("segments", [2, 3, 5, 9])
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "deep"])
+def test_diagonal_batching_equals_one_layer_after_the_other(name, segments, alignment, monkeypatch):
+    """More segments than layers, as many, and fewer; in fp64, but for LLaMA's norm, which rounds to fp32."""
+    monkeypatch.setitem(BACKBONES, "deep", llama(num_hidden_layers=5))
+    model = build(name, segment_alignment=alignment)
+    text = ids(2, segments * LENGTH + 3)
+    want = model.read(text)
+    model.config.diagonal_batching = True
+    assert_same_memory(model.read(text), want, 1e-9)
+
+
+def test_diagonal_batching_in_single_precision_under_lora():
+    model = build().float()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.mul_(0.3 if "norm" not in name else 1)
+    peft = get_peft_model(
+        model,
+        LoraConfig(
+            target_modules=["q_proj", "down_proj"],
+            init_lora_weights=False,
+            modules_to_save=ArmtForCausalLM.memory_modules,
+        ),
+    )
+    text = ids(3, 7 * LENGTH)
+    want = model.read(text)
+    model.config.diagonal_batching = True
+    assert_same_memory(peft.get_base_model().read(text), want, 1e-6)
+
+
+def test_diagonal_batching_of_padded_rows_pieces_and_answers():
+    model = build()
+    rows = [ids(1, n, seed=n)[0] for n in (5 * LENGTH + 2, 3 * LENGTH, 7 * LENGTH + 1)]
+    text = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    mask = torch.arange(text.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
+    want = model(ids(3, 4), state=model.read(text, attention_mask=mask)).logits
+    model.config.diagonal_batching = True
+    whole = model.read(text, attention_mask=mask)
+    torch.testing.assert_close(model(ids(3, 4), state=whole).logits, want, rtol=1e-9, atol=1e-9)
+    first = model.read(text[2:, : 3 * LENGTH + 5])
+    before = [one.matrix.clone() for one in first.memory]
+    last = model.read(text[2:, 3 * LENGTH + 5 :], state=first)
+    torch.testing.assert_close(model(ids(3, 4)[2:], state=last).logits, want[2:], rtol=1e-9, atol=1e-9)
+    assert all(
+        torch.equal(one.matrix, was) for one, was in zip(first.memory, before, strict=True)
+    )  # a state is a value
+
+
+def test_diagonal_batching_is_refused_where_it_cannot_be():
+    model = build(diagonal_batching=True)
+    for layer in model.backbone.model.layers:
+        layer.mlp.up_proj.weight = nn.Parameter(torch.zeros(4, 1, dtype=torch.uint8), requires_grad=False)
+    model.backbone.model.layers[0].mlp.forward = lambda hidden: hidden
+    model.backbone.model.layers[1].mlp.forward = lambda hidden: hidden
+    with pytest.raises(UsageError, match="--load_in_4bit false"):
+        model.read(ids(1, 4 * LENGTH))
