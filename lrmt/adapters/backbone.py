@@ -25,6 +25,7 @@ from lrmt.adapters.gguf import is_gguf
 from lrmt.errors import UsageError, one_line
 from lrmt.models.config import LongContextConfig
 from lrmt.models.weights import gathered, layers_of
+from lrmt.ranks import this_rank
 
 
 def read_backbone_config(
@@ -274,11 +275,17 @@ def compile_layers(model: nn.Module, **options) -> None:
 
     Raises `UsageError` for a method that cannot be compiled.
     """
-    check_compilable(type(getattr(model, "get_base_model", lambda: model)()))
+    base = getattr(model, "get_base_model", lambda: model)()
+    check_compilable(type(base))
+    place = {"device": base.device, "dtype": base.dtype}
+    probe = nn.Linear(8, 8, **place)
     try:
-        torch.compile(torch.neg)(torch.ones(2, device=next(model.parameters()).device))
+        torch.compile(probe.forward, **options)(torch.ones(2, 8, **place)).sum().backward()
     except Exception as error:  # of whatever compiler it is
-        print(f"`--compile_layers`: torch.compile does not work here, layers are run as they are ({one_line(error)})")
+        if this_rank().is_main_process:
+            print(
+                f"`--compile_layers`: torch.compile does not work here, layers are run as they are ({one_line(error)})"
+            )
         return
     for layer in layers_of(model):
         layer.compile(**options)

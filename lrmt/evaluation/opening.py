@@ -33,9 +33,6 @@ class OpeningSettings(Options):
         None, "Another place of the backbone: a folder, GGUF or Hub id (default: where training found it).", "PATH"
     )
     load_in_4bit: bool | None = flag(None, "Backbone in NF4; false: in full (default: as trained).")
-    compile_layers: bool = flag(
-        False, "Compile the backbone's layers with torch.compile, which takes a minute or two; measure whether it pays."
-    )
     reading: dict[str, object] = field(default_factory=dict)
 
     def __post_init__(self):

@@ -278,8 +278,6 @@ def load_on_device(settings):
         **settings.reading,
     ).eval()
     model = model if hasattr(model, "disable_adapter") else model.to(device)
-    if settings.compile_layers:
-        backbone.compile_layers(model)
     return model
 
 

@@ -30,7 +30,7 @@ from lrmt.evaluation.opening import OpeningSettings, method_settings
 from lrmt.files import fingerprint
 from lrmt.flags import flag
 from lrmt.lengths import parse_segments, parse_tokens, spell_length
-from lrmt.tasks.names import GENERATED
+from lrmt.tasks.names import GENERATED, split_mixture
 from lrmt.tasks.options import check_choice
 
 DEFAULT_LENGTHS = ("1", "2", "4", "8", "16", "32")
@@ -163,7 +163,7 @@ examples:
 """
 
     def check(self):
-        self.task = tuple(name for names in self.task for name in names.split(",") if name)
+        self.task = tuple(name for names in self.task for name in split_mixture(names) if name)
         if self.dataset_name is None:
             self._check_generated()
         else:

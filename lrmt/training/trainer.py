@@ -35,7 +35,7 @@ from lrmt.training.schedule import build_schedules
 
 class Drawn(NamedTuple):
     """The micro-batches of a step and, of every rank, how often it runs its backbone on each, `calls[rank][micro-batch]`, and how many
-    tokens of notes are scored in each, `notes[rank][micro-batch]`, where any are.
+    tokens of notes are scored in each, `notes[rank][micro-batch]`, where any are; `cut`, of every rank, whether any of its notes is.
     """
 
     step: int
@@ -43,15 +43,20 @@ class Drawn(NamedTuple):
     micro_batches: list[dict[str, torch.Tensor]]
     calls: list[list[float]]
     notes: list[list[float]]
+    cut: list[float]
 
     def numbers(self) -> list[float]:
         """What this rank tells the others."""
-        return [*self.calls[0], *self.notes[0]]
+        return [*self.calls[0], *self.notes[0], *self.cut]
 
     def agreed(self, everyone: list[list[float]]) -> Drawn:
         """With the numbers of every rank."""
         n = len(self.calls[0])
-        return self._replace(calls=[row[:n] for row in everyone], notes=[row[n:] for row in everyone])
+        return self._replace(
+            calls=[row[:n] for row in everyone],
+            notes=[row[n:-1] for row in everyone],
+            cut=[row[-1] for row in everyone],
+        )
 
 
 class LongContextTrainer(Trainer):
@@ -87,7 +92,7 @@ class LongContextTrainer(Trainer):
         self.curriculum, self.train_task, self.eval_task = curriculum, train_task, eval_task
         self.eval_samples, self.identity = eval_samples, identity or {}
         self.notes_weight, self._pieces = curriculum.per_stage("notes_weight", notes_weight), Pieces(tokenizer)
-        self._notes_cut, self._told = False, NotesMeter()
+        self._notes_cut, self._said_cut, self._told = False, False, NotesMeter()
         self.progress = ProgressCallback(curriculum)
         self._schedules = build_schedules(args, curriculum.max_steps, stage_lr_decay)
         self._losses: list[tuple[torch.Tensor, dict]] = []  # of the step so far, with the batches they are of
@@ -128,6 +133,13 @@ class LongContextTrainer(Trainer):
             drawn = self._draw_step(step, num_batches)  # the first, or a promotion has changed the length
             drawn = drawn.agreed(gather_numbers(drawn.numbers(), self.args.device))
         check_same_calls(drawn.calls)
+        if any(drawn.cut) and not self._said_cut:
+            self._said_cut = True
+            if self.is_world_process_zero():
+                size = self.model.get_base_model().config.note_length
+                print(
+                    f"notes are cut to {size} tokens, which the memory has; `--num_memory_tokens` makes room for more"
+                )
         self._note_shares = self._share_out(drawn, num_batches)
         self.progress.tokens += sum(b["input_ids"].numel() for b in drawn.micro_batches) * self.args.world_size
         return drawn.micro_batches, None
@@ -151,7 +163,7 @@ class LongContextTrainer(Trainer):
         model = self.model.get_base_model()
         calls = [model.num_backbone_calls(**batch) for batch in micro_batches] if self.args.world_size > 1 else []
         notes = [model.num_notes(**batch) for batch in micro_batches if "notes" in batch]
-        return Drawn(step, length, micro_batches, [calls], [notes])
+        return Drawn(step, length, micro_batches, [calls], [notes], [float(self._notes_cut)])
 
     @property
     def _segment_length(self) -> int:
@@ -163,12 +175,7 @@ class LongContextTrainer(Trainer):
         if any(self.notes_weight):
             size = self.model.get_base_model().config.note_length
             batch["notes"], cut = collate_notes(examples, self._pieces, size)
-            if cut and not self._notes_cut:
-                self._notes_cut = True
-                if self.is_world_process_zero():
-                    print(
-                        f"notes are cut to {size} tokens, which the memory has; `--num_memory_tokens` makes room for more"
-                    )
+            self._notes_cut |= cut
         return batch
 
     def _prepare_input(self, data):

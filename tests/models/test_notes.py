@@ -118,10 +118,11 @@ def test_positions_are_added_and_trained(shift, tmp_path):
     torch.testing.assert_close(again(text).logits, model(text).logits, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("checkpoint_segments", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("k", [1, 2, 3])
-def test_truncation_counts_each_segment_once(k, kind):
-    model = build_with(kind, bptt_segments=k)
+def test_truncation_counts_each_segment_once(k, kind, checkpoint_segments):
+    model = build_with(kind, bptt_segments=k, checkpoint_segments=checkpoint_segments)
     text, notes, cuts = ids(2, 4 * LENGTH), draw_notes(), [LENGTH, 2 * LENGTH, 3 * LENGTH]
     labels = torch.full_like(text, -100)
     labels[:, -2:] = text[:, -2:]

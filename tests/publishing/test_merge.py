@@ -15,6 +15,7 @@ from lrmt.arguments import ModelArguments
 from lrmt.cli import main
 from lrmt.errors import UsageError
 from lrmt.models import RmtForCausalLM
+from lrmt.models.handover import HandOver
 from lrmt.publishing.merge import merge_adapter
 from lrmt.training.build import build_model
 
@@ -34,17 +35,32 @@ def gap(got, want):
     return float((got - want).norm() / want.norm())
 
 
-def save_random_adapter(backbone, folder, dtype="bfloat16", **changes):
+def save_random_adapter(backbone, folder, dtype="bfloat16", handover="identity", **changes):
     """An adapter that does something: LoRA's B, zero before training, is drawn at random."""
     arguments = ModelArguments(model_name_or_path=str(backbone), lora_r=4, dtype=dtype, **changes)
     torch.manual_seed(1)
-    model = build_model(RmtForCausalLM, arguments, {"num_memory_tokens": 4, "segment_length": 48})
+    settings = {"num_memory_tokens": 4, "segment_length": 48, "memory_handover": handover}
+    model = build_model(RmtForCausalLM, arguments, settings)
+    model.get_base_model().fit(ids)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.05)
     save_adapter(model, folder, load_tokenizer(str(backbone)))
     return folder
+
+
+@pytest.mark.parametrize("handover", ["scaled", "aligned", "tokens"])
+def test_what_is_handed_over_is_merged_with_it(backbones, tmp_path, handover):
+    folder = save_random_adapter(backbones["llama"], tmp_path / "adapter", handover=handover)
+    gaps = merge_adapter(str(folder), str(tmp_path / "merged"))
+    merged, unmerged = lrmt.load(tmp_path / "merged"), lrmt.load(folder, load_in_4bit=False, dtype="float32")
+    assert merged.config.memory_handover == handover and gaps["same_base"] < 1e-4
+    want = logits(unmerged)
+    assert gap(logits(merged), want) < 1e-4
+    merged.config.memory_handover = "identity"
+    merged.handover = HandOver("identity", merged.get_input_embeddings().weight)
+    assert gap(logits(merged), want) > 1e-2  # it matters which
 
 
 @pytest.fixture(scope="module")

@@ -64,6 +64,12 @@ def test_what_is_logged(train_small, fp32_flags, capsys):
     assert "hand-over aligned: " in out and "notes_loss" in out and "eval_notes_accuracy" in out
 
 
+def test_that_notes_are_cut_is_said_once(train_small, fp32_flags, capsys):
+    train_small(*fp32_flags, *NOTES, "--num_memory_tokens", "2", "--stage_max_steps", "3", "--eval_samples", "2")
+    out = capsys.readouterr().out
+    assert out.count("notes are cut to 2 tokens, which the memory has; `--num_memory_tokens` makes room for more") == 1
+
+
 def test_the_map_is_saved_and_resumed(train_small, fp32_flags, tmp_path):
     import lrmt
 

@@ -1,0 +1,121 @@
+"""Speed of reading, beside what its own matrix products alone allow, the straightforward wrapper, and full attention.
+
+    python benchmarks/reading_speed.py
+    python benchmarks/reading_speed.py --shape smollm2 --tokens 65536 --variants products rmt
+
+`products`: the linear maps of all layers and the two products of attention, for each segment, back to back, and nothing else. `wrapper`: all
+logits and hidden states of all segments are kept, as public code of RMT has it. `full`: the bare backbone over the whole text at once,
+logits of its last token. The variants take turns; CPU time of the process counts where there is no GPU, which neighbours on the
+machine disturb least, and the best of `--rounds`.
+"""
+
+import argparse
+import time
+
+import torch
+from common import MIB, PeakMemory, pick_device, write_report
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lrmt.models import ArmtForCausalLM, RmtForCausalLM, RmtRetrievalForCausalLM
+from lrmt.models.weights import layers_of
+
+SHAPES = {  # hidden size, MLP, layers, heads, those of keys, vocabulary
+    "small": (384, 1024, 4, 6, 6, 32_000),
+    "smollm2": (576, 1536, 30, 9, 3, 49_152),
+    "llama-1b": (2048, 8192, 16, 32, 8, 128_256),
+    "llama-8b": (4096, 14336, 32, 32, 8, 128_256),
+}
+METHODS = {"rmt": RmtForCausalLM, "rmt_retrieval": RmtRetrievalForCausalLM, "armt": ArmtForCausalLM}
+VARIANTS = ("products", "rmt", "rmt_retrieval", "armt", "armt, diagonal", "wrapper", "full")
+
+
+def build_backbone(shape: str, window: int, dtype: torch.dtype) -> LlamaForCausalLM:
+    width, inner, layers, heads, keys, vocabulary = SHAPES[shape]
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=keys, max_position_embeddings=window, tie_word_embeddings=True, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with torch.device(pick_device()):
+        return LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
+
+
+def build_reader(variant: str, backbone: LlamaForCausalLM, ids: torch.Tensor, length: int, memory: int):
+    """A function that reads the text once, in the way of a variant."""
+    name, _, how = variant.partition(", ")
+    if name in METHODS:
+        settings = {"diagonal_batching": True} if how == "diagonal" else {}
+        model = METHODS[name].from_backbone(backbone, num_memory_tokens=memory, segment_length=length, **settings).eval()
+        return lambda: model.read(ids)
+    if name == "full":
+        return lambda: backbone(ids, logits_to_keep=1, use_cache=False)
+    segments = -(-ids.shape[1] // length)
+    if name == "products":
+        return lambda: run_products(backbone, length + 2 * memory, segments)
+    return lambda: run_wrapper(backbone, ids, length, memory)
+
+
+def run_products(backbone: LlamaForCausalLM, positions: int, segments: int) -> None:
+    config, weights = backbone.config, [w for layer in layers_of(backbone) for w in layer.parameters() if w.dim() == 2]
+    heads, size = config.num_attention_heads, config.hidden_size // config.num_attention_heads
+    device, dtype = weights[0].device, weights[0].dtype
+    inputs = {n: torch.randn(positions, n, device=device, dtype=dtype) for n in {w.shape[1] for w in weights}}
+    query = torch.randn(heads, positions, size, device=device, dtype=dtype)
+    share = torch.randn(heads, positions, positions, device=device, dtype=dtype)
+    for _ in range(segments):
+        for weight in weights:
+            torch.mm(inputs[weight.shape[1]], weight.t())
+        for _ in range(config.num_hidden_layers):
+            torch.bmm(query, query.transpose(1, 2))
+            torch.bmm(share, query)
+
+
+def run_wrapper(backbone: LlamaForCausalLM, ids: torch.Tensor, length: int, memory: int) -> list:
+    state, kept = torch.zeros(len(ids), memory, backbone.config.hidden_size, dtype=backbone.dtype, device=ids.device), []
+    for segment in ids.split(length, dim=1):
+        embeds = torch.cat([state, backbone.get_input_embeddings()(segment), state], dim=1)
+        output = backbone(inputs_embeds=embeds, output_hidden_states=True, use_cache=False)
+        state = output.hidden_states[-1][:, -memory:]
+        kept.append((output.logits, output.hidden_states))
+    return kept
+
+
+def measure(read) -> float:
+    """Seconds of one call."""
+    clock = time.process_time
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        clock = time.perf_counter
+    begin = clock()
+    read()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return clock() - begin
+
+
+@torch.no_grad()
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--batch_size", type=int, default=1)
+    parser.add_argument("--segment_length", type=int, default=512)
+    parser.add_argument("--num_memory_tokens", type=int, default=16)
+    parser.add_argument("--dtype", default="float32" if pick_device().type == "cpu" else "bfloat16")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output_dir", default="runs/benchmarks")
+    options = parser.parse_args(argv)
+    dtype, length, memory = getattr(torch, options.dtype), options.segment_length, options.num_memory_tokens
+    backbone = build_backbone(options.shape, max(options.tokens, length + 3 * memory), dtype)
+    size = (options.batch_size, options.tokens)
+    ids = torch.randint(0, backbone.config.vocab_size, size, generator=torch.Generator().manual_seed(0)).to(backbone.device)
+    rows, seconds, peaks = [], {}, {}
+    for variant in options.variants:  # each by itself: an ARMT has hooks in the backbone that it wraps
+        read = build_reader(variant, backbone, ids[:, : 2 * length + 1], length, memory)
+        read()
+    raise SystemExit
+
+
+if __name__ == "__main__":
+    main()
