@@ -45,7 +45,9 @@ def build_reader(variant: str, backbone: LlamaForCausalLM, ids: torch.Tensor, le
     name, _, how = variant.partition(", ")
     if name in METHODS:
         settings = {"diagonal_batching": True} if how == "diagonal" else {}
-        model = METHODS[name].from_backbone(backbone, num_memory_tokens=memory, segment_length=length, **settings).eval()
+        model = (
+            METHODS[name].from_backbone(backbone, num_memory_tokens=memory, segment_length=length, **settings).eval()
+        )
         return lambda: model.read(ids)
     if name == "full":
         return lambda: backbone(ids, logits_to_keep=1, use_cache=False)
@@ -71,7 +73,10 @@ def run_products(backbone: LlamaForCausalLM, positions: int, segments: int) -> N
 
 
 def run_wrapper(backbone: LlamaForCausalLM, ids: torch.Tensor, length: int, memory: int) -> list:
-    state, kept = torch.zeros(len(ids), memory, backbone.config.hidden_size, dtype=backbone.dtype, device=ids.device), []
+    state, kept = (
+        torch.zeros(len(ids), memory, backbone.config.hidden_size, dtype=backbone.dtype, device=ids.device),
+        [],
+    )
     for segment in ids.split(length, dim=1):
         embeds = torch.cat([state, backbone.get_input_embeddings()(segment), state], dim=1)
         output = backbone(inputs_embeds=embeds, output_hidden_states=True, use_cache=False)
@@ -109,7 +114,9 @@ def main(argv=None):
     dtype, length, memory = getattr(torch, options.dtype), options.segment_length, options.num_memory_tokens
     backbone = build_backbone(options.shape, max(options.tokens, length + 3 * memory), dtype)
     size = (options.batch_size, options.tokens)
-    ids = torch.randint(0, backbone.config.vocab_size, size, generator=torch.Generator().manual_seed(0)).to(backbone.device)
+    ids = torch.randint(0, backbone.config.vocab_size, size, generator=torch.Generator().manual_seed(0)).to(
+        backbone.device
+    )
     rows, seconds, peaks = [], {}, {}
     for variant in options.variants:  # each by itself: an ARMT has hooks in the backbone that it wraps
         read = build_reader(variant, backbone, ids[:, : 2 * length + 1], length, memory)

@@ -12,8 +12,8 @@ from lrmt.evaluation.plots import draw_costs
 from lrmt.files import check_writable, to_json, write_files
 from lrmt.lengths import format_tokens
 from lrmt.models import METHODS
-from lrmt.models.config import LongContextConfig
-from lrmt.models.cost import NF4_BYTES, Shape, check_known, shape_of
+from lrmt.models.config import Activations, LongContextConfig
+from lrmt.models.cost import NF4_BYTES, Shape, check_known, shape_of, split_flops
 
 FULL = "full"
 WIDE = 2  # bytes of a number of the backbone
@@ -28,7 +28,9 @@ class Cost(NamedTuple):
 
 
 def run_plan(settings: PlanSettings) -> None:
-    """Prints a table of the costs, and writes them where asked to."""
+    """Prints a table of the costs, and writes them where asked to. Of methods that nobody named, those that cannot be planned so are left
+    out, each with a line.
+    """
     names = (FULL, *METHODS)
     for name in settings.method or ():
         if name not in names:
@@ -39,17 +41,24 @@ def run_plan(settings: PlanSettings) -> None:
     shape = shape_of(backbone)
     if settings.output_dir is not None:
         check_writable(settings.output_dir)
-    methods = {name: build_config(name, settings, backbone_config) for name in settings.method or names}
-    records = []
+    records, left_out = [], {}
     for tokens in settings.tokens:
         full = cost_of(None, shape, tokens, settings.training)
-        for name, config in methods.items():
-            cost = cost_of(config, shape, tokens, settings.training)
+        for name in settings.method or names:
+            try:
+                cost = cost_of(build_config(name, settings, backbone_config), shape, tokens, settings.training)
+            except UsageError as error:
+                if settings.method:
+                    raise
+                left_out.setdefault((name, str(error)), tokens)
+                continue
             seconds = {} if settings.rate is None else {"seconds": cost.flops / (settings.rate * 1e12)}
             records.append(
                 {"method": name, "tokens": tokens} | cost._asdict() | {"less": full.flops / cost.flops} | seconds
             )
     print(describe(settings, shape, records))
+    for (name, why), tokens in left_out.items():
+        print(f"{name} is left out from {format_tokens(tokens)} tokens on: {why}")
     if settings.output_dir is not None:
         files = {"cost.json": to_json(records), "cost.png": draw_costs(records)}
         write_files(settings.output_dir, files)
@@ -62,36 +71,32 @@ def build_config(name: str, settings: PlanSettings, backbone_config) -> LongCont
         return None
     kind = METHODS[name].config_class
     known = {field.name for field in kind.own_settings()}
-    return kind(backbone_config=backbone_config, **{k: v for k, v in vars(settings).items() if k in known})
+    window, m, block = backbone_config.max_position_embeddings, settings.num_memory_tokens, settings.block_length
+    given = {"segment_length": min(1024, window - 3 * m), "context_length": min(2048, window * (block - 1) // block)}
+    given |= {name: value for name, value in vars(settings).items() if value is not None}
+    return kind(backbone_config=backbone_config, **{name: given[name] for name in known & given.keys()})
 
 
 def cost_of(config: LongContextConfig | None, shape: Shape, tokens: int, training: bool) -> Cost:
-    """Reading a text of so many tokens, or one step of training on it.
-
-    In training frozen weights pass gradients through, which costs as much as going forward, attention twice as much; recurrent methods
-    run each segment once more. LoRA itself is left out, a hundredth of the weights.
+    """Reading a text of so many tokens, or one step of training on it, of a frozen backbone under LoRA, which is a hundredth of it and
+    left out. What a training step keeps of the text is what `--dry_run` estimates.
     """
     if config is None:
-        matrices = shape._replace(attention=0).run(tokens)
-        attention = shape.run(tokens) - matrices
-        numbers, single, positions = 2 * shape.layers * shape.keys * tokens, 0, tokens
-        live, again = 1, False
+        attention, rest = split_flops(lambda shape: shape.run(tokens), shape)
+        flops = 3 * attention + 2 * rest if training else attention + rest
+        kept = Activations(tokens, 1, 0)
+        numbers, single = 2 * shape.layers * shape.keys * tokens, 0
     else:
-        flops_of = config.train_flops if training else config.read_flops
-        matrices = flops_of(shape._replace(attention=0), tokens)
-        attention = flops_of(shape, tokens) - matrices
-        numbers, single = config.state_numbers(shape, tokens)
         segments = -(-tokens // config.segment_length)
         if training:
             config.check_training(segments)
+        flops = (config.train_flops if training else config.read_flops)(shape, tokens)
         kept = config.activations(segments)
-        positions, again = kept.positions, config.runs_again
-        live = 1 if again or not training else kept.live
-    flops = matrices + attention
-    if training:
-        flops += matrices + 2 * attention + (flops if again else 0)
-    layers = shape.layers if training else 1
-    return Cost(flops, numbers * WIDE + single * 4, WIDE * layers * live * shape.layer_numbers(positions))
+        numbers, single = config.state_numbers(shape, tokens)
+    if not training:
+        return Cost(flops, numbers * WIDE + single * 4, WIDE * shape.layer_numbers(kept.positions))
+    state = shape.width * (kept.carried * WIDE + kept.single * 4)
+    return Cost(flops, state, WIDE * shape.layers * kept.live * shape.layer_numbers(kept.positions))
 
 
 def describe(settings: PlanSettings, shape: Shape, records: list[dict]) -> str:

@@ -30,18 +30,23 @@ examples:
         None, "full (attention), or what a recipe trains: rmt, rmt_retrieval, armt, landmark; default: all.", "NAME"
     )
     length: list[str] = flag(["8k", "64k", "1M"], "Tokens: 4096, 8k, 1M (1k = 1000).", "N")
-    training: bool = flag(
-        False, "A training step of one text instead: LoRA over a frozen backbone, segments recomputed."
-    )
+    training: bool = flag(False, "A training step of one text instead: LoRA over a frozen backbone.")
     rate: float | None = flag(
         None, "Matrix products that the machine does, in TFLOP/s: the time that they take.", "TFLOPS"
     )
     load_in_4bit: bool = flag(False, "Weights in 4 bits; else in 16.")
-    segment_length: int = flag(1024, "Tokens per segment of recurrent methods.", "L")
+    segment_length: int | None = flag(
+        None, "Tokens per segment of recurrent methods; default: 1024, or what the backbone's window holds.", "L"
+    )
     num_memory_tokens: int = flag(16, "Of recurrent methods.", "m")
+    memory_handover: str = flag("identity", "Of RMT and RMT-R: identity, scaled, aligned, tokens.", "KIND")
+    checkpoint_segments: bool = flag(True, "In training recurrent methods run each segment once more.")
+    bptt_segments: int | None = flag(None, "Segments that a gradient passes in training; default: all.", "K")
     association_dim: int = flag(64, "Of ARMT.", "N")
     block_length: int = flag(64, "Of landmark attention.", "K")
-    context_length: int = flag(2048, "Of landmark attention: tokens of a training text.", "N")
+    context_length: int | None = flag(
+        None, "Of landmark attention: tokens of a training text; default: 2048, or what the window holds.", "N"
+    )
     top_k: int = flag(4, "Of landmark attention: blocks read.", "K")
     output_dir: str | None = flag(None, "Folder of cost.json and cost.png (default: neither is written).", "DIR")
 
@@ -49,7 +54,8 @@ examples:
         if self.rate is not None and not self.rate > 0:
             raise UsageError(f"--rate must be more than 0; got {self.rate}")
         for name in ("segment_length", "num_memory_tokens", "association_dim", "context_length", "top_k"):
-            check_least(self, name, 1)
+            if getattr(self, name) is not None:
+                check_least(self, name, 1)
         check_least(self, "block_length", 2)
         if not self.tokens[0]:
             raise UsageError("--length must be 1 token or more; got 0k")

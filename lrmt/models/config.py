@@ -9,7 +9,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from lrmt.errors import UsageError
 from lrmt.flags import flag
-from lrmt.models.cost import Shape
+from lrmt.models.cost import Shape, split_flops
 from lrmt.models.handover import KINDS
 
 
@@ -88,8 +88,11 @@ class LongContextConfig(PreTrainedConfig):
         raise UsageError(f"--method: what a {self.model_type} model costs is not known; leave it out")
 
     def train_flops(self, shape: Shape, tokens: int) -> float:
-        """The same as training reads it."""
-        return self.read_flops(shape, tokens)
+        """FLOPs of a training step on a text of so many tokens. Frozen weights pass gradients through, which costs as much as going
+        forward, attention twice as much; LoRA and what the method trains are not counted on their way back.
+        """
+        attention, rest = split_flops(lambda shape: self.read_flops(shape, tokens), shape)
+        return (3 + self.runs_again) * attention + (2 + self.runs_again) * rest
 
     def state_numbers(self, shape: Shape, tokens: int) -> tuple[int, int]:
         """What is kept of a text of so many tokens: numbers in the backbone's precision, and in fp32."""

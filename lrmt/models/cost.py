@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from transformers import PreTrainedModel
@@ -38,14 +39,24 @@ class Shape(NamedTuple):
         return positions * (8 * self.width + 3 * self.inner)
 
 
+def split_flops(flops_of: Callable[[Shape], float], shape: Shape) -> tuple[float, float]:
+    """Of what a decoder of some shape costs: what attention does, and the rest."""
+    rest = flops_of(shape._replace(attention=0))
+    return flops_of(shape) - rest, rest
+
+
 def shape_of(backbone: PreTrainedModel) -> Shape:
     """Of a transformers decoder, on the meta device too."""
     config, layers = backbone.config.get_text_config(), layers_of(backbone)
+    ends = {
+        id(w) for part in (backbone.get_input_embeddings(), backbone.get_output_embeddings()) for w in part.parameters()
+    }
+    inside = [w for part in layers or [backbone] for w in part.parameters() if w.dim() == 2 and id(w) not in ends]
     heads = getattr(config, "num_attention_heads", None) or 1
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     return Shape(
-        matrices=sum(weight.numel() for layer in layers for weight in layer.parameters() if weight.dim() == 2),
-        layers=len(layers),
+        matrices=sum(weight.numel() for weight in inside),
+        layers=len(layers) or config.num_hidden_layers,
         width=config.hidden_size,
         attention=heads * size,
         keys=(getattr(config, "num_key_value_heads", None) or heads) * size,

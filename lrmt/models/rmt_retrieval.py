@@ -181,9 +181,12 @@ class RmtRetrievalForCausalLM(RmtForCausalLM):
         }
 
     def to_pass_on(self, memory: Memory) -> Memory:
-        """Without the states that no row has: of texts that a batch went on from before."""
+        """Without the states that no row has: of texts that a batch went on from before. One stays in any case: with none the next
+        batch would not look back, and another rank's would.
+        """
         there = memory["there"]
         kept = there.any(0)
+        kept[:1] |= ~kept.any()
         if bool(kept.all()):
             return memory
         past = {name: memory[name].unflatten(1, (len(kept), -1))[:, kept].flatten(1, 2) for name in ("keys", "values")}

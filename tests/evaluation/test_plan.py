@@ -1,11 +1,13 @@
 """`lrmt plan`: a table of costs, from a config alone."""
 
 import json
+import re
 
 import pytest
 from transformers import MixtralConfig
 
 from lrmt.cli import main
+from lrmt.models import METHODS
 
 
 def plan(*words) -> int:
@@ -61,15 +63,56 @@ def test_training_goes_forward_twice_and_back(backbones, tmp_path):
         assert records["train"][method]["activations"] == 2 * records["read"][method]["activations"]  # of both layers
 
 
+def test_what_nobody_named_is_left_out_where_it_cannot_be(backbones, capsys):
+    """By default: what the window holds, and each method at the lengths that it can be trained at."""
+    assert plan("--model", backbones["llama"], "--block_length", "16", "--training", "--length", "200", "8k") == 0
+    out = capsys.readouterr().out
+    rows = [line.split()[:2] for line in out.splitlines() if line.split()[:1] in (["200"], ["8k"])]
+    assert rows == [
+        [n, method] for n in ("200", "8k") for method in ("full", *METHODS) if (n, method) != ("8k", "landmark")
+    ]
+    assert "landmark is left out from 8k tokens on: " in out and "window of 256" in out
+
+
+def test_what_a_training_step_keeps_is_what_a_dry_run_says(backbones, tmp_path, run_recipe, capsys):
+    for method, more in (
+        ("rmt", ["--memory_handover", "tokens"]),
+        ("rmt_retrieval", []),
+        ("armt", ["--association_dim", "32"]),
+    ):
+        flags = ["--segment_length", "40", "--num_memory_tokens", "4", "--checkpoint_segments", "false", *more]
+        plan(
+            "--model",
+            backbones["llama"],
+            "--method",
+            method,
+            "--length",
+            "200",
+            "--training",
+            *flags,
+            "--output_dir",
+            tmp_path / method,
+        )
+        ((told,),) = (json.loads((tmp_path / method / "cost.json").read_text()),)
+        run_recipe(f"{method}_llama", "--model_name_or_path", backbones["llama"], "--dtype", "bfloat16", "--curriculum_stages", "5", "--stage_max_steps", "9",
+                   "--per_device_train_batch_size", "1", *flags, "--dry_run")  # fmt: skip
+        out = capsys.readouterr().out
+        for name, size in (
+            ("activations of 5 segment(s)", told["activations"]),
+            ("memory states of 5 segments", told["state"]),
+        ):
+            assert re.search(rf"{re.escape(name)} +(\S+) GiB", out)[1] == f"{size / 2**30:.3f}"
+
+
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
         (["--method", "rmtt"], "--method must be of full, rmt, rmt_retrieval, armt, landmark; got 'rmtt'; did you mean rmt"),
         (["--length", "0k"], "--length must be 1 token or more; got 0k"),
         (["--length", "many"], "--length takes"),
-        (["--training", "--method", "landmark", "--length", "1M"], "window of 256"),
+        (["--training", "--method", "landmark", "--block_length", "16", "--length", "1M"], "window of 256"),
         (["--rate", "0"], "--rate must be more than 0; got 0"),
-        (["--segment_length", "250"], "window of 256"),
+        (["--method", "rmt", "--segment_length", "250"], "window of 256"),
         (["--top_k", "0"], "--top_k must be at least 1; got 0"),
     ],
 )  # fmt: skip

@@ -48,6 +48,24 @@ def test_flops_are_those_that_torch_counts(method, length):
     assert want == pytest.approx(counter.get_total_flops(), rel=0.05)
 
 
+@pytest.mark.parametrize("checkpoint_segments", [False, True])
+@pytest.mark.parametrize("length", [256, 2048])
+@pytest.mark.parametrize("method", SETTINGS)
+def test_flops_of_a_training_step(method, length, checkpoint_segments):
+    torch.manual_seed(0)
+    config = copy.deepcopy(CONFIG)
+    config.max_position_embeddings = 4096
+    backbone = AutoModelForCausalLM.from_config(config, attn_implementation="eager").requires_grad_(False)
+    settings = SETTINGS[method] | ({} if method == "landmark" else {"checkpoint_segments": checkpoint_segments})
+    model = METHODS[method].from_backbone(backbone, **settings).train()
+    ids, shape = torch.randint(0, 300, (1, length)), shape_of(backbone)
+    labels = torch.full_like(ids, -100)
+    labels[:, -1] = 1
+    with FlopCounterMode(display=False) as counter:
+        model(ids, labels=labels).loss.backward()
+    assert model.config.train_flops(shape, length) == pytest.approx(counter.get_total_flops(), rel=0.05)
+
+
 @pytest.mark.parametrize("method", SETTINGS)
 def test_numbers_are_those_of_a_state(method):
     backbone = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIG), attn_implementation="eager").eval()

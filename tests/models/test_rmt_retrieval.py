@@ -255,3 +255,19 @@ def test_a_row_that_has_ended_keeps_its_past():
     passed = model.to_pass_on(left)
     assert passed["there"].tolist() == [[False, True, True], [True, True, True]]
     assert torch.equal(passed["keys"], left["keys"][:, M:]) and torch.equal(passed["values"], left["values"][:, M:])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_whatever_is_passed_on_every_rank_looks_back_as_often(seed):
+    """After texts of one segment, too, which leave nothing to look back to but on ranks whose rows went on from other texts."""
+    model = build(state_passing=0.5).train()
+    calls = []
+    model.past_reader.register_forward_pre_hook(lambda *_: calls.append(1))
+    torch.manual_seed(seed)
+    counts = []
+    for length in (2 * LENGTH, LENGTH, 2 * LENGTH, LENGTH, LENGTH, 2 * LENGTH):
+        calls.clear()
+        text = ids(1, length)
+        model(text, labels=text)
+        counts.append(len(calls))
+    assert counts == [1, 1, 2, 1, 1, 2]

@@ -15,8 +15,8 @@ from lrmt.flags import flag
 from lrmt.models import scoring
 from lrmt.models.base import LongContextModel
 from lrmt.models.config import Activations, LongContextConfig
-from lrmt.models.cost import Shape
-from lrmt.models.landmark.attention import landmark_attention
+from lrmt.models.cost import Shape, split_flops
+from lrmt.models.landmark.attention import QUERY_CHUNK, landmark_attention
 from lrmt.models.landmark.cache import Blocks, Chunk
 from lrmt.models.landmark.hooks import check_backbone, switch_sliding_window_off
 from lrmt.models.landmark.state import LandmarkState
@@ -111,7 +111,14 @@ class LandmarkConfig(LongContextConfig):
         return flops
 
     def train_flops(self, shape: Shape, tokens: int) -> float:
-        return shape.run(tokens + tokens // (self.block_length - 1))
+        columns = tokens + tokens // (self.block_length - 1)
+        ends = range(QUERY_CHUNK, columns, QUERY_CHUNK)  # each chunk of queries sees the keys up to its own end
+        seen = sum(end * QUERY_CHUNK for end in ends) + columns * (columns - len(ends) * QUERY_CHUNK)
+        attention, rest = split_flops(lambda shape: shape.run(columns, seen / columns), shape)
+        again = (
+            0.5 if columns > QUERY_CHUNK else 0
+        )  # the scores of each chunk are computed once more, not what they weigh
+        return (3 + again) * attention + 2 * rest
 
     def state_numbers(self, shape: Shape, tokens: int) -> tuple[int, int]:
         return 2 * shape.layers * shape.keys * (tokens + tokens // (self.block_length - 1)), 0
