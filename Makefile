@@ -34,6 +34,7 @@ test: .venv/dev
 bench: .venv/runtime
 	$(BIN)/python benchmarks/training_memory.py
 	$(BIN)/python benchmarks/read_memory.py
+	$(BIN)/python benchmarks/reading_speed.py
 	$(BIN)/python benchmarks/throughput.py
 	$(BIN)/python benchmarks/landmark_throughput.py
 	$(BIN)/python benchmarks/landmark_read.py

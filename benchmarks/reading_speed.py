@@ -3,10 +3,10 @@
     python benchmarks/reading_speed.py
     python benchmarks/reading_speed.py --shape smollm2 --tokens 65536 --variants products rmt
 
-`products`: the linear maps of all layers and the two products of attention, for each segment, back to back, and nothing else. `wrapper`: all
-logits and hidden states of all segments are kept, as public code of RMT has it. `full`: the bare backbone over the whole text at once,
-logits of its last token. The variants take turns; CPU time of the process counts where there is no GPU, which neighbours on the
-machine disturb least, and the best of `--rounds`.
+`products`: the linear maps of all layers and the two products of attention, for each segment of RMT, back to back, and nothing else.
+`wrapper`: all logits and hidden states of all segments are kept, as public code of RMT has it. `full`: the bare backbone over all of the
+text at once, logits of its last token. The variants take turns; where there is no GPU CPU time of the process counts, which
+neighbours on the machine disturb least; the best of `--rounds`. `peak_mib`: of the tensors that reading makes, without weights and text.
 """
 
 import argparse
@@ -51,14 +51,15 @@ def build_reader(variant: str, backbone: LlamaForCausalLM, ids: torch.Tensor, le
         return lambda: model.read(ids)
     if name == "full":
         return lambda: backbone(ids, logits_to_keep=1, use_cache=False)
-    segments = -(-ids.shape[1] // length)
+    segments = ids.shape[1] // length
     if name == "products":
         return lambda: run_products(backbone, length + 2 * memory, segments)
     return lambda: run_wrapper(backbone, ids, length, memory)
 
 
 def run_products(backbone: LlamaForCausalLM, positions: int, segments: int) -> None:
-    config, weights = backbone.config, [w for layer in layers_of(backbone) for w in layer.parameters() if w.dim() == 2]
+    config = backbone.config
+    weights = [w for layer in layers_of(backbone) for w in layer.parameters() if w.dim() == 2]
     heads, size = config.num_attention_heads, config.hidden_size // config.num_attention_heads
     device, dtype = weights[0].device, weights[0].dtype
     inputs = {n: torch.randn(positions, n, device=device, dtype=dtype) for n in {w.shape[1] for w in weights}}
@@ -102,7 +103,7 @@ def measure(read) -> float:
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="small")
-    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192])
     parser.add_argument("--batch_size", type=int, default=1)
     parser.add_argument("--segment_length", type=int, default=512)
     parser.add_argument("--num_memory_tokens", type=int, default=16)
@@ -110,18 +111,35 @@ def main(argv=None):
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output_dir", default="runs/benchmarks")
-    options = parser.parse_args(argv)
-    dtype, length, memory = getattr(torch, options.dtype), options.segment_length, options.num_memory_tokens
-    backbone = build_backbone(options.shape, max(options.tokens, length + 3 * memory), dtype)
-    size = (options.batch_size, options.tokens)
-    ids = torch.randint(0, backbone.config.vocab_size, size, generator=torch.Generator().manual_seed(0)).to(
-        backbone.device
-    )
-    rows, seconds, peaks = [], {}, {}
-    for variant in options.variants:  # each by itself: an ARMT has hooks in the backbone that it wraps
-        read = build_reader(variant, backbone, ids[:, : 2 * length + 1], length, memory)
-        read()
-    raise SystemExit
+    options = vars(parser.parse_args(argv))
+    output_dir, length, memory = (options[name] for name in ("output_dir", "segment_length", "num_memory_tokens"))
+    window = max(*options["tokens"], length + 3 * memory) + 1
+    backbone = build_backbone(options["shape"], window, getattr(torch, options["dtype"]))
+    rows = []
+    for tokens in options["tokens"]:
+        generator, size = torch.Generator().manual_seed(0), (options["batch_size"], tokens + 1)  # all segments are over
+        ids = torch.randint(0, backbone.config.vocab_size, size, generator=generator).to(backbone.device)
+        readers = {variant: build_reader(variant, backbone, ids, length, memory) for variant in options["variants"]}
+        seconds, peaks = {variant: [] for variant in readers}, {}
+        for variant, read in readers.items():  # which warms up, too
+            with PeakMemory() as peak:
+                read()
+            peaks[variant] = peak.tensor_bytes() / MIB
+        for _ in range(options["rounds"]):
+            for variant, read in readers.items():
+                seconds[variant].append(measure(read))
+        best = {variant: min(found) for variant, found in seconds.items()}
+        for variant, took in best.items():
+            row = {
+                "tokens": tokens,
+                "variant": variant,
+                "tokens_per_second": (ids.numel() - len(ids)) / took,
+                "peak_mib": peaks[variant],
+            }
+            for other, name in (("products", "of_products"), ("wrapper", "of_wrapper"), ("full", "of_full")):
+                row[name] = best[other] / took if other in best else None
+            rows.append(row)
+    write_report("reading_speed", output_dir, options, rows)
 
 
 if __name__ == "__main__":

@@ -46,6 +46,16 @@ def test_throughput_runs(tmp_path):
     assert report["rows"][0]["ratio"] == 1 and all(r["tokens_per_second"] > 0 for r in report["rows"])
 
 
+def test_reading_speed_runs(tmp_path):
+    run(ROOT / "benchmarks" / "reading_speed.py", "--shape", "small", "--tokens", "96", "--segment_length", "48", "--rounds", "1",
+        "--output_dir", tmp_path)  # fmt: skip
+    rows = json.loads((tmp_path / "reading_speed.json").read_text())["rows"]
+    by = {row["variant"]: row for row in rows}
+    assert len(by) == 7 and all(row["tokens_per_second"] > 0 for row in rows)
+    assert by["products"]["of_products"] == by["wrapper"]["of_wrapper"] == by["full"]["of_full"] == 1
+    assert by["rmt"]["peak_mib"] < by["wrapper"]["peak_mib"]
+
+
 def test_babilong_generation_runs(tmp_path):
     (tmp_path / "book.txt").write_text("\n".join(prose.write(900, 0)))
     flags = f"--lengths 2k 20k --plain_tokens 2000 --rounds 1 --background_dir {tmp_path} --output_dir {tmp_path}"
