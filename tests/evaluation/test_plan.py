@@ -75,7 +75,7 @@ def test_what_nobody_named_is_left_out_where_it_cannot_be(backbones, capsys):
 
 
 def test_what_a_training_step_keeps_is_what_a_dry_run_says(backbones, tmp_path, run_recipe, capsys):
-    stages = "--curriculum_stages 5 --stage_max_steps 9 --per_device_train_batch_size 1".split()
+    stages = ["--curriculum_stages", "5", "--stage_max_steps", "9", "--per_device_train_batch_size", "1"]
     for method, more in (("rmt", "--memory_handover tokens"), ("rmt_retrieval", ""), ("armt", "--association_dim 32")):
         flags = f"--segment_length 40 --num_memory_tokens 4 --checkpoint_segments false {more}".split()
         asked = ["--method", method, "--length", "200", "--training", "--output_dir", tmp_path / method]
