@@ -100,15 +100,14 @@ class LandmarkConfig(LongContextConfig):
         return {k: v for k, v in super().matters_to_training().items() if k != "implementation"}
 
     def read_flops(self, shape: Shape, tokens: int) -> float:
-        size, flops, blocks = self.block_length, 0.0, 0
-        columns = tokens + tokens // (size - 1)
-        for begin in range(0, columns, self.chunk_length):
-            width, tail = min(self.chunk_length, columns - begin), begin - blocks * size
-            far = min(blocks, self.top_k)
-            products = 2 * (width + tail) + (blocks - far) + far + far * size + far * (size - 1)
-            flops += shape.run(width, products / 2)
-            blocks = (begin + width) // size
-        return flops
+        size, width, columns = self.block_length, self.chunk_length, tokens + tokens // (self.block_length - 1)
+        chunks, rest = divmod(columns, width)
+        step = width // size  # blocks that a chunk adds to those behind it, of which a query reads `far`
+        far = [min(number * step, self.top_k) for number in range(min(chunks, self.top_k))]
+        far = sum(far) + (chunks - len(far)) * self.top_k, min(chunks * step, self.top_k)
+        products = width * (2 * width * chunks + step * chunks * (chunks - 1) // 2 + (2 * size - 1) * far[0])
+        products += rest * (2 * rest + step * chunks + (2 * size - 1) * far[1])
+        return shape.run(columns, products / 2 / columns)
 
     def train_flops(self, shape: Shape, tokens: int) -> float:
         columns = tokens + tokens // (self.block_length - 1)
