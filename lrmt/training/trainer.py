@@ -35,7 +35,7 @@ from lrmt.training.schedule import build_schedules
 
 class Drawn(NamedTuple):
     """The micro-batches of a step and, of every rank, how often it runs its backbone on each, `calls[rank][micro-batch]`, and how many
-    tokens of notes are scored in each, `notes[rank][micro-batch]`, where any are; `cut`, of every rank, whether any of its notes is.
+    tokens of notes are scored in each, `notes[rank][micro-batch]`, where any are; `cut`, of every rank that has notes, whether one was cut.
     """
 
     step: int
@@ -51,11 +51,11 @@ class Drawn(NamedTuple):
 
     def agreed(self, everyone: list[list[float]]) -> Drawn:
         """With the numbers of every rank."""
-        n = len(self.calls[0])
+        n, k = len(self.calls[0]), len(self.notes[0])
         return self._replace(
             calls=[row[:n] for row in everyone],
-            notes=[row[n:-1] for row in everyone],
-            cut=[row[-1] for row in everyone],
+            notes=[row[n : n + k] for row in everyone],
+            cut=[number for row in everyone for number in row[n + k :]],
         )
 
 
@@ -163,7 +163,8 @@ class LongContextTrainer(Trainer):
         model = self.model.get_base_model()
         calls = [model.num_backbone_calls(**batch) for batch in micro_batches] if self.args.world_size > 1 else []
         notes = [model.num_notes(**batch) for batch in micro_batches if "notes" in batch]
-        return Drawn(step, length, micro_batches, [calls], [notes], [float(self._notes_cut)])
+        cut = [float(self._notes_cut)] * bool(notes)
+        return Drawn(step, length, micro_batches, [calls], [notes], cut)
 
     @property
     def _segment_length(self) -> int:

@@ -268,10 +268,12 @@ def test_zero2_accumulates(backbone, tmp_path):
 
 
 def test_a_step_takes_one_collective(sharded):
-    """Of the loss and the next step's number of segments; a promotion, which changes the length, takes one more."""
-    first, stages, evaluation = [2], [[3] * (steps - 1) for steps in STAGE_STEPS], [3 + 14]  # with the notes' own
-    promoted = [*first, *stages[0], 3, *evaluation, *first, *stages[1], 1, *evaluation]
-    by_chance = [*first, *stages[0], 3, *evaluation, *stages[1], 1, *evaluation]  # drawn in both stages
+    """Of the loss and the next step's number of segments, of its notes, and whether any was cut; a promotion, which changes the length,
+    takes one more.
+    """
+    first, stages, evaluation = [3], [[4] * (steps - 1) for steps in STAGE_STEPS], [3 + 14]  # with the notes' own
+    promoted = [*first, *stages[0], 4, *evaluation, *first, *stages[1], 1, *evaluation]
+    by_chance = [*first, *stages[0], 4, *evaluation, *stages[1], 1, *evaluation]  # drawn in both stages
     for record in sharded[1]:
         assert record["collectives"] in (promoted, by_chance)
 
