@@ -41,7 +41,6 @@ examples:
     num_memory_tokens: int = flag(16, "Of recurrent methods.", "m")
     memory_handover: str = flag("identity", "Of RMT and RMT-R: identity, scaled, aligned, tokens.", "KIND")
     checkpoint_segments: bool = flag(True, "In training recurrent methods run each segment once more.")
-    bptt_segments: int | None = flag(None, "Segments that a gradient passes in training; default: all.", "K")
     association_dim: int = flag(64, "Of ARMT.", "N")
     block_length: int = flag(64, "Of landmark attention.", "K")
     context_length: int | None = flag(

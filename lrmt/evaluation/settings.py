@@ -106,6 +106,7 @@ class EvaluationSettings(OpeningSettings):
             "split": self.split,
             "scoring": self.scoring,
             "load_in_4bit": self.load_in_4bit,
+            "model_name_or_path": fingerprint(self.model_name_or_path),
             **{name: self.reading.get(name) for name in reading},
             "dataset_name": fingerprint_rows(self.dataset_name),
             "dataset_config": self.dataset_config,

@@ -20,7 +20,7 @@ from lrmt.models.config import LongContextConfig
 from lrmt.models.notes import Notes
 from lrmt.models.outputs import Encoded, LongContextOutput, Text
 from lrmt.models.state import State
-from lrmt.models.weights import gathered, in_use
+from lrmt.models.weights import gathered, in_use, layers_of
 
 generation_logger = logging.getLogger("transformers.generation.configuration_utils")
 
@@ -325,13 +325,18 @@ class LongContextModel(PreTrainedModel, GenerationMixin):
         return False  # the state carries its own cache
 
     def fingerprint(self) -> str:
-        """Identifies the model that made a state: its settings, memory, LoRA and its scale, and the start of the backbone's embeddings."""
+        """Identifies the model that made a state: its settings, memory, LoRA and its scale, and the start of the backbone's embeddings and
+        of each weight of its last layer, in 4 bits or more.
+        """
         lora = [parameter for name, parameter in self.named_parameters() if ".lora_" in name]
         embeddings = self.get_input_embeddings().weight
         weights = [*self._memory_weights(), *lora]
+        last = [
+            p for layer in layers_of(self.backbone)[-1:] for name, p in layer.named_parameters() if ".lora_" not in name
+        ]
         scales = [scale for module in self.modules() if hasattr(module, "lora_A") for scale in module.scaling.values()]
         # hashing takes a while, generation asks for every token, and in-place changes are counted by torch
-        made_of = [(tensor.data_ptr(), tensor._version) for tensor in (*weights, embeddings)], scales
+        made_of = [(tensor.data_ptr(), tensor._version) for tensor in (*weights, embeddings, *last)], scales
         if self._fingerprint[0] == made_of:
             return self._fingerprint[1]
         settings = [self.config.model_type, self.config.backbone_config.model_type]
@@ -341,8 +346,8 @@ class LongContextModel(PreTrainedModel, GenerationMixin):
         settings += [[name, value] for name, value in later.items() if value != fields[name].default]
         settings += [["lora_scales", scales]] * bool(scales)
         digest = hashlib.sha256(json.dumps(settings).encode())
-        with gathered(*weights, embeddings):
-            for tensor in [*weights, embeddings[:4]]:
+        with gathered(*weights, embeddings, *last):
+            for tensor in [*weights, embeddings[:4], *(weight[:64] for weight in last)]:
                 digest.update(
                     tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes()
                 )

@@ -57,6 +57,11 @@ class RmtRetrievalConfig(RmtConfig):
                 f"`--retrieval_max_segments` {self.retrieval_max_segments} with `--state_passing` {self.state_passing:g}: passed memories "
                 "bring a past of their own, of any length; leave one of them out"
             )
+        if self.retrieval_max_segments is not None and num_segments - 1 > self.retrieval_max_segments:
+            raise UsageError(
+                f"`--retrieval_max_segments` {self.retrieval_max_segments}: texts of `--curriculum_stages` {num_segments} have "
+                f"{num_segments - 1} past segments; raise it, or leave it out"
+            )
         super().check_training(num_segments, **run)
 
     def activations(self, num_segments: int) -> Activations:

@@ -271,8 +271,8 @@ def _notes_of(row: dict, where: str) -> list[tuple[int, str]] | None:
     given = row.get("notes")
     if given is None:
         return None
-    said = given
-    if isinstance(given, str):
+    said = _list_in(given)
+    if isinstance(said, str):
         note = _text_of(row, "notes", where)
         end = find_words(note, row["input"]) or find_words(row["target"], row["input"])
         if not end:
@@ -286,14 +286,24 @@ def _notes_of(row: dict, where: str) -> list[tuple[int, str]] | None:
     notes, at = [], 0
     for each in said:
         after, note = (_text_of(each, name, f"{where}, notes:", ("after", "notes")) for name in ("after", "notes"))
-        found = row["input"].find(after, at)
-        if found < 0:
+        found = find_words(after, row["input"], at)
+        if not found:
             raise UsageError(
                 f"{where}: the input does not say {after[:60]!r}, which notes come after, in this order; correct it"
             )
-        at = found + len(after)
+        at = found
         notes.append((at, note))
     return notes
+
+
+def _list_in(notes):
+    """The list that a text spells as JSON, as files without nested columns have it; anything else as it is."""
+    if not isinstance(notes, str) or not notes.lstrip().startswith("["):
+        return notes
+    try:
+        return json.loads(notes)
+    except ValueError:
+        return notes
 
 
 def _text_of(row: dict, column: str, where: str, columns: Sequence[str] = COLUMNS) -> str:

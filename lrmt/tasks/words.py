@@ -11,18 +11,18 @@ _UNSPACED = re.compile(
 _IN_NUMBER = re.compile(r"\d[.,]\d")
 
 
-def find_words(words: str, text: str) -> int:
-    """The end of the first place where the text says the words, not as a part of others; 0 if it never does.
+def find_words(words: str, text: str, begin: int = 0) -> int:
+    """The end of the first place, from `begin` on, where the text says the words, not as a part of others; 0 if it never does.
 
     Any white space is as good as any other, and a letter with its accents as good as an accented letter (NFC).
     """
     if not is_normalized("NFC", text):
         composed = normalize("NFC", text)
-        end = find_words(words, composed)
+        end = find_words(words, composed, len(normalize("NFC", text[:begin])))
         # the longest beginning that is no longer when composed
         return bisect_right(range(len(text) + 1), end, key=lambda n: len(normalize("NFC", text[:n]))) - 1 if end else 0
     said = re.compile(r"\s+".join(map(re.escape, normalize("NFC", words).split())))
-    found = said.search(text)
+    found = said.search(text, begin)
     while found and (_goes_on(text, found.start()) or _goes_on(text, found.end())):
         found = said.search(text, found.start() + 1)
     return found.end() if found else 0

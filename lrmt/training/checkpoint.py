@@ -19,8 +19,25 @@ from lrmt.training.curriculum import Curriculum
 POSITION_FILE = "curriculum.json"
 #: in it: the tensor files of the checkpoint, which older ones do not list
 FILES = "files"
+#: what a file must say to be of use
+SAID = {POSITION_FILE: ("stages", "identity"), "trainer_state.json": ("global_step",)}
 #: what older checkpoints do not say, and what they had; ...: as now
-JOINED_LATER = {"lora_dropout": ..., "use_rslora": ..., "use_dora": ..., "notes_weight": ...}
+JOINED_LATER = {
+    "lora_dropout": ...,
+    "use_rslora": ...,
+    "use_dora": ...,
+    "notes_weight": ...,
+    "load_in_4bit": ...,
+    "dtype": ...,
+}
+JOINED_LATER |= {
+    "use_bnb_nested_quant": ...,
+    "learning_rate": ...,
+    "weight_decay": ...,
+    "adam_beta1": ...,
+    "adam_beta2": ...,
+}
+JOINED_LATER |= {"adam_epsilon": ..., "optim": ...}
 JOINED_LATER |= {"memory_handover": "identity", "memory_shift": False, "state_passing": 0.0, "memory_positions": False}
 
 
@@ -81,6 +98,8 @@ def _what_is_broken(checkpoint: Path) -> str | None:
         try:
             if name.endswith(".json"):
                 content = json.loads(path.read_text())
+                if not isinstance(content, dict) or any(content.get(key) is None for key in SAID.get(name, ())):
+                    return f"{name} does not say what it should"
             elif name.endswith(".safetensors"):
                 safe_open(path, "pt")
             else:  # the directory of an archive is its end
@@ -100,13 +119,6 @@ def check_resumable(checkpoint: str, model: PeftModel, curriculum: Curriculum, i
     """
     position = json.loads(Path(checkpoint, POSITION_FILE).read_text())
     replace(curriculum).load_state_dict(position)
-    saved = json.loads(Path(checkpoint, "config.json").read_text())
-    mine = model.get_base_model().config
-    if saved.get("backbone_fingerprint") != mine.backbone_fingerprint:
-        raise UsageError(
-            f"`--resume_from_checkpoint` {checkpoint}: trained on another backbone ({saved['backbone_name']}) than "
-            f"`--model_name_or_path` {mine.backbone_name}; name that one"
-        )
     for name, value in identity.items():
         before = position["identity"].get(name, JOINED_LATER.get(name))
         before = value if before is ... else before
@@ -114,3 +126,10 @@ def check_resumable(checkpoint: str, model: PeftModel, curriculum: Curriculum, i
             raise UsageError(
                 f"`--resume_from_checkpoint` {checkpoint}: trained with {name} {before}; got `--{name}` {value}"
             )
+    saved = json.loads(Path(checkpoint, "config.json").read_text())
+    mine = model.get_base_model().config
+    if saved.get("backbone_fingerprint") != mine.backbone_fingerprint:
+        raise UsageError(
+            f"`--resume_from_checkpoint` {checkpoint}: trained on another backbone ({saved['backbone_name']}) than "
+            f"`--model_name_or_path` {mine.backbone_name}; name that one"
+        )

@@ -324,12 +324,20 @@ def _begin_folder(output_dir: str, arguments: dict, goes_on: bool) -> None:
     write_files(output_dir, {"arguments.yaml": yaml.safe_dump(arguments, sort_keys=True)}, "`--output_dir`")
 
 
+OPTIMIZER = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+
+
 def _identity(
     config: LongContextConfig, model_args: ModelArguments, task_args: TaskArguments, training: TrainingArguments
 ) -> dict:
     """What makes the batches and the weights of a run: a resumed one must have the same."""
     kinds = ("use_peft", "lora_r", "lora_alpha", "lora_target_modules", "lora_dropout", "use_rslora", "use_dora")
     lora = {name: getattr(model_args, name) for name in kinds}
+    weights = {name: getattr(model_args, name) for name in ("load_in_4bit", "use_bnb_nested_quant", "dtype")}
+    # the optimizer goes on with its own, whatever a flag says
+    optimizer = {name: getattr(training, name) for name in OPTIMIZER} | {
+        "optim": getattr(training.optim, "value", training.optim)
+    }
     task = as_dict(task_args)
     for name in (
         "babi_dir",
@@ -341,7 +349,8 @@ def _identity(
     ):  # data may move; another name is another text
         task[name] = task[name] and Path(task[name]).name
     batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
-    return config.matters_to_training() | lora | task | {"per_device_train_batch_size × accumulation × ranks": batch}
+    run = config.matters_to_training() | lora | task | weights | optimizer
+    return run | {"per_device_train_batch_size × accumulation × ranks": batch}
 
 
 def _arguments(settings: dict, model_args, task_args, curriculum_args, training_args: TrainingArguments) -> dict:

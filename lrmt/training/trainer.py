@@ -225,8 +225,9 @@ class LongContextTrainer(Trainer):
         ranks = [rank for rank, ok in enumerate(finite) if not ok]
         raise TrainingFault(
             f"loss is not finite at step {self.state.global_step + 1} (stage {self.curriculum.stage + 1}, "
-            f"{segments} segments, rank {ranks}): {where}; lower `--learning_rate` ({self.args.learning_rate}) or "
-            f"`--max_grad_norm` ({self.args.max_grad_norm}) and resume from the last checkpoint"
+            f"{segments} segments, rank {ranks}): {where}; lower `--max_grad_norm` ({self.args.max_grad_norm}) and "
+            f"resume from the last checkpoint, or lower `--learning_rate` ({self.args.learning_rate}) and begin with its weights, "
+            "`--init_adapter_path`"
         )
 
     def log(self, logs, start_time=None):

@@ -220,6 +220,11 @@ def test_state_of_another_model_is_refused(tmp_path):
     twins[1].get_base_model().get_submodule("backbone.model.layers.0.self_attn.q_proj").set_scale("default", 4)
     with pytest.raises(UsageError, match="another model"):  # the same weights, that do something else
         twins[1](ids(1, 3), state=twins[0].get_base_model().read(ids(1, 20)))
+    with torch.no_grad():  # of a backbone whose embeddings are the same
+        other = build()
+        other.backbone.model.layers[-1].mlp.down_proj.weight[0, 0] += 0.1
+    with pytest.raises(UsageError, match="another model"):
+        other(ids(1, 3), state=model.read(ids(1, 20)))
     (tmp_path / "half.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:100])
     with pytest.raises(UsageError, match="cannot be read"):
         model.load_state(tmp_path / "half.safetensors")

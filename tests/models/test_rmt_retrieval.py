@@ -202,6 +202,11 @@ def test_a_past_beyond_its_limit_is_refused():
         model(ids(1, 4 * LENGTH), labels=ids(1, 4 * LENGTH))
     with pytest.raises(UsageError, match="passed memories"):
         build(retrieval_max_segments=2, state_passing=0.5).config.check_training(3)
+    build(retrieval_max_segments=2).config.check_training(3)
+    with pytest.raises(
+        UsageError, match="`--retrieval_max_segments` 2: texts of `--curriculum_stages` 4 have 3 past segments"
+    ):
+        build(retrieval_max_segments=2).config.check_training(4)
 
 
 def test_how_much_of_the_past_is_read_is_part_of_a_state_and_a_run():

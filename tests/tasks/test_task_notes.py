@@ -328,6 +328,18 @@ def test_a_list_says_where_each_note_begins(tmp_path, tokenizer):
     notes = [{"after": "mat", "notes": "mat"}, {"after": "mat is red", "notes": "red mat"}]
     want = [("The key is under the mat", "mat"), ("The key is under the mat. The mat is red", "red mat")]
     assert told(rows_task(tmp_path, tokenizer, {"notes": notes}), tokenizer) == want
+    assert (
+        told(rows_task(tmp_path, tokenizer, {"notes": json.dumps(notes)}), tokenizer) == want
+    )  # as flat files have it
+
+
+def test_a_note_comes_after_words_not_their_beginnings(tmp_path, tokenizer):
+    row = {
+        "input": "Anna is in the hall. Ann is in the kitchen.",
+        "target": "kitchen",
+        "notes": [{"after": "Ann", "notes": "kitchen"}],
+    }
+    assert told(rows_task(tmp_path, tokenizer, row), tokenizer) == [("Anna is in the hall. Ann", "kitchen")]
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from processes import Program, run
 from safetensors.torch import load_file
 
 from lrmt.errors import UsageError
+from lrmt.training.checkpoint import find_checkpoint
 from lrmt.training.trainer import LongContextTrainer
 
 ROOT = Path(__file__).parents[2]
@@ -179,6 +181,11 @@ def test_finished_run_has_nothing_to_resume(train_small, fp32_flags, tmp_path, m
         (["--per_device_train_batch_size", "2"], "trained with per_device_train_batch_size × .* 4; got .* 2"),
         (["--early_facts_share", "0.5"], "trained with early_facts_share 0.0; got `--early_facts_share` 0.5"),
         (["--lora_target_modules", "q_proj"], "trained with lora_target_modules None; got"),
+        (["--learning_rate", "1e-9"], "trained with learning_rate .*; got `--learning_rate` 1e-09"),
+        (["--weight_decay", "0.5"], "trained with weight_decay 0.0; got `--weight_decay` 0.5"),
+        (["--adam_beta2", "0.5"], "trained with adam_beta2 .*; got `--adam_beta2` 0.5"),
+        (["--load_in_4bit", "CHANGED"], "trained with load_in_4bit .*; got `--load_in_4bit`"),
+        (["--dtype", "float16"], "trained with dtype .*; got `--dtype` float16"),
         (["--lora_r", "3"], "trained with lora_r 4; got `--lora_r` 3"),
         (["--notes_weight", "1", "0"], "trained with notes_weight .0.0, 0.0.; got `--notes_weight` .1.0, 0.0."),
         (
@@ -190,10 +197,23 @@ def test_finished_run_has_nothing_to_resume(train_small, fp32_flags, tmp_path, m
 def test_checkpoint_of_another_run_is_refused(trained, train_small, backbones, changed, message):
     _, folder = trained
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    changed = [str(backbones["mistral"]) if flag == "MISTRAL" else flag for flag in changed]
+    was = yaml.safe_load((folder / "arguments.yaml").read_text())["load_in_4bit"]
+    new = {"MISTRAL": str(backbones["mistral"]), "CHANGED": str(not was)}
+    changed = [new.get(flag, flag) for flag in changed]
     with pytest.raises(UsageError, match=message):
-        train_small("--save_steps", "3", "--output_dir", folder, "--resume_from_checkpoint", "true", *changed)
+        flags = ["--save_steps", "3", "--learning_rate", "1e-2"]
+        train_small(*flags, "--output_dir", folder, "--resume_from_checkpoint", "true", *changed)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("curriculum.json", "[]"), ("curriculum.json", "{}"), ("trainer_state.json", "{}")]
+)
+def test_a_checkpoint_that_says_nothing_is_half_written(trained, tmp_path, name, content):
+    folder = shutil.copytree(sorted(trained[1].glob("checkpoint-*"))[-1], tmp_path / "checkpoint-9")
+    (folder / name).write_text(content)
+    with pytest.raises(UsageError, match=f"half-written, {name} does not say what it should"):
+        find_checkpoint(tmp_path, str(folder))
 
 
 def test_an_older_checkpoint_does_not_say_what_notes_weighed(train_small, fp32_flags, tmp_path):
