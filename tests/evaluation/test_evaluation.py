@@ -1,6 +1,7 @@
 """From lengths to results.json and heatmap.png, with a model that knows the answer up to four segments back."""
 
 import json
+import shutil
 import struct
 
 import numpy as np
@@ -170,6 +171,17 @@ def test_what_a_folder_of_texts_holds_counts_and_not_where_it_is(adapter, tmp_pa
     (tmp_path / "a" / "deep" / "book.txt").write_text("six")
     assert identity(background_dir=str(tmp_path / "a")) != identity(background_dir=str(tmp_path / "b"))
     assert identity(background_dir=str(tmp_path / "b" / "qa1_test.txt"))["background_dir"]
+
+
+def test_over_another_backbone_it_is_another_evaluation(adapter, backbones, tmp_path):
+    """Told by its weights, not by its place."""
+    same = shutil.copytree(backbones["llama"], tmp_path / "same")
+    places = (None, backbones["llama"], same, backbones["mistral"])
+    first, one, copy, other = (
+        EvaluationSettings(str(adapter[0]), task=("qa1",), model_name_or_path=place and str(place)).identity()
+        for place in places
+    )
+    assert first != one == copy != other
 
 
 def test_the_model_is_opened_as_was_asked(adapter, monkeypatch):
