@@ -148,7 +148,7 @@ TRAIN = [  # command line, what the line says: flag, value, remedy
     ("--output_dir run --resume_from_checkpoint true --lora_r 3", ["--resume_from_checkpoint", "`--lora_r` 3"]),
     ("--output_dir run --resume_from_checkpoint true --use_rslora true", ["--resume_from_checkpoint", "`--use_rslora` True"]),
     ("--output_dir run --resume_from_checkpoint true --curriculum_stages 1", ["--resume_from_checkpoint", "stages", "same curriculum"]),
-    ("--output_dir run --resume_from_checkpoint true --model_name_or_path MISTRAL", ["another backbone", "--model_name_or_path"]),
+    ("--output_dir run --resume_from_checkpoint true --learning_rate 1e-2 --model_name_or_path MISTRAL", ["another backbone"]),
     ("--learning_rate nan", ["--learning_rate", "'nan'", "float"]),
     ("--max_grad_norm -1", ["--max_grad_norm", "-1", "not be negative"]),
     ("--save_total_limit 0", ["--save_total_limit", "1 or more", "got 0"]),
