@@ -286,24 +286,22 @@ def _notes_of(row: dict, where: str) -> list[tuple[int, str]] | None:
     notes, at = [], 0
     for each in said:
         after, note = (_text_of(each, name, f"{where}, notes:", ("after", "notes")) for name in ("after", "notes"))
-        found = find_words(after, row["input"], at)
-        if not found:
+        at = find_words(after, row["input"], at)
+        if not at:
             raise UsageError(
                 f"{where}: the input does not say {after[:60]!r}, which notes come after, in this order; correct it"
             )
-        at = found
         notes.append((at, note))
     return notes
 
 
 def _list_in(notes):
-    """The list that a text spells as JSON, as files without nested columns have it; anything else as it is."""
-    if not isinstance(notes, str) or not notes.lstrip().startswith("["):
-        return notes
+    """The list of mappings that a text spells as JSON, as files without nested columns have it; anything else as it is."""
     try:
-        return json.loads(notes)
+        spelt = json.loads(notes) if isinstance(notes, str) else None
     except ValueError:
         return notes
+    return spelt if isinstance(spelt, list) and all(isinstance(one, dict) for one in spelt) else notes
 
 
 def _text_of(row: dict, column: str, where: str, columns: Sequence[str] = COLUMNS) -> str:

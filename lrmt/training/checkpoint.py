@@ -22,22 +22,10 @@ FILES = "files"
 #: what a file must say to be of use
 SAID = {POSITION_FILE: ("stages", "identity"), "trainer_state.json": ("global_step",)}
 #: what older checkpoints do not say, and what they had; ...: as now
-JOINED_LATER = {
-    "lora_dropout": ...,
-    "use_rslora": ...,
-    "use_dora": ...,
-    "notes_weight": ...,
-    "load_in_4bit": ...,
-    "dtype": ...,
-}
-JOINED_LATER |= {
-    "use_bnb_nested_quant": ...,
-    "learning_rate": ...,
-    "weight_decay": ...,
-    "adam_beta1": ...,
-    "adam_beta2": ...,
-}
-JOINED_LATER |= {"adam_epsilon": ..., "optim": ...}
+JOINED_LATER = dict.fromkeys(
+    ("lora_dropout", "use_rslora", "use_dora", "notes_weight", "load_in_4bit", "use_bnb_nested_quant", "dtype", "learning_rate",
+     "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim"), ...
+)  # fmt: skip
 JOINED_LATER |= {"memory_handover": "identity", "memory_shift": False, "state_passing": 0.0, "memory_positions": False}
 
 

@@ -333,6 +333,11 @@ def test_a_list_says_where_each_note_begins(tmp_path, tokenizer):
     )  # as flat files have it
 
 
+def test_a_text_in_brackets_is_a_text(tmp_path, tokenizer):
+    row = {"input": "The code is [48213]. Keep it.", "target": "48213", "notes": "[48213]"}
+    assert told(rows_task(tmp_path, tokenizer, row), tokenizer) == [("The code is [48213]", "[48213]")]
+
+
 def test_a_note_comes_after_words_not_their_beginnings(tmp_path, tokenizer):
     row = {
         "input": "Anna is in the hall. Ann is in the kitchen.",
