@@ -16,7 +16,7 @@ import torch
 from common import MIB, PeakMemory, pick_device, write_report
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lrmt.models import ArmtForCausalLM, RmtForCausalLM, RmtRetrievalForCausalLM
+from lrmt.models import METHODS
 from lrmt.models.weights import layers_of
 
 SHAPES = {  # hidden size, MLP, layers, heads, those of keys, vocabulary
@@ -25,7 +25,6 @@ SHAPES = {  # hidden size, MLP, layers, heads, those of keys, vocabulary
     "llama-1b": (2048, 8192, 16, 32, 8, 128_256),
     "llama-8b": (4096, 14336, 32, 32, 8, 128_256),
 }
-METHODS = {"rmt": RmtForCausalLM, "rmt_retrieval": RmtRetrievalForCausalLM, "armt": ArmtForCausalLM}
 VARIANTS = ("products", "rmt", "rmt_retrieval", "armt", "armt, diagonal", "wrapper", "full")
 
 
@@ -74,10 +73,8 @@ def run_products(backbone: LlamaForCausalLM, positions: int, segments: int) -> N
 
 
 def run_wrapper(backbone: LlamaForCausalLM, ids: torch.Tensor, length: int, memory: int) -> list:
-    state, kept = (
-        torch.zeros(len(ids), memory, backbone.config.hidden_size, dtype=backbone.dtype, device=ids.device),
-        [],
-    )
+    kept, width = [], backbone.config.hidden_size
+    state = torch.zeros(len(ids), memory, width, dtype=backbone.dtype, device=ids.device)
     for segment in ids.split(length, dim=1):
         embeds = torch.cat([state, backbone.get_input_embeddings()(segment), state], dim=1)
         output = backbone(inputs_embeds=embeds, output_hidden_states=True, use_cache=False)
