@@ -14,7 +14,14 @@ from safetensors import safe_open
 from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 
 import lrmt
-from lrmt.adapters.backbone import backbone_fingerprint, check_complete, computes_bf16, load_backbone, load_tokenizer
+from lrmt.adapters.backbone import (
+    backbone_fingerprint,
+    check_complete,
+    computes_bf16,
+    dequantise_,
+    load_backbone,
+    load_tokenizer,
+)
 from lrmt.adapters.find import check_whole, find_adapter, find_backbone, is_adapter
 from lrmt.errors import TrainingFault, UsageError, one_line
 from lrmt.files import filling
@@ -34,6 +41,7 @@ def load(
     path_or_hub_id: str | os.PathLike,
     *,
     load_in_4bit: bool | None = None,
+    dequantize: bool = False,
     dtype: torch.dtype | str | None = None,
     model_name_or_path: str | None = None,
     device_map: dict | str | None = None,
@@ -42,7 +50,10 @@ def load(
     """Opens an adapter over its backbone, or a merged checkpoint, ready for `read` and `generate`.
 
     Args:
-        path_or_hub_id: folder or Hub id. load_in_4bit: quantise the backbone (default: as the adapter was trained).
+        path_or_hub_id: folder or Hub id. load_in_4bit: quantise the backbone (default: as the adapter was trained). An adapter that
+            was trained over 4 bits may forget over the full weights.
+        dequantize: put full weights of the same values in place of 4-bit ones: what is computed is the same, 1.4 times as fast where
+            SmolLM2 reads on a CPU, at four times the memory.
         dtype: of the backbone (default: as the adapter was trained, but float32 for bfloat16 on a CPU that only imitates it, many times
             slower). model_name_or_path: another place of the backbone.
         device_map: where the weights go, as transformers takes it (default: the CPU).
@@ -58,13 +69,14 @@ def load(
     if dtype is not None and not (isinstance(precision, torch.dtype) and precision.is_floating_point):
         raise UsageError(f"`dtype` must be bfloat16, float32 or float16; got {dtype}")
     if not is_adapter(path):
-        for flag, given in (("load_in_4bit", load_in_4bit), ("model_name_or_path", model_name_or_path)):
-            if given:
+        given = {"load_in_4bit": load_in_4bit, "dequantize": dequantize, "model_name_or_path": model_name_or_path}
+        for flag, value in given.items():
+            if value:
                 raise UsageError(
                     f"`--{flag}`: {path} is a merged checkpoint, which is opened as saved; leave the flag out"
                 )
         return _open_merged(path, config, precision, device_map)
-    backbone = _open_backbone(path, config, load_in_4bit, precision, model_name_or_path, device_map)
+    backbone = _open_backbone(path, config, load_in_4bit, dequantize, precision, model_name_or_path, device_map)
     backbone.config._name_or_path = config.backbone_name  # where it was found is a path of this machine
     config.backbone_config = backbone.config
     config._attn_implementation = backbone.config._attn_implementation
@@ -117,9 +129,11 @@ def end_as_trained(config: GenerationConfig, tokenizer) -> GenerationConfig:
     return config
 
 
-def _open_backbone(path, config, load_in_4bit, dtype, name, device_map) -> PreTrainedModel:
+def _open_backbone(path, config, load_in_4bit, dequantize, dtype, name, device_map) -> PreTrainedModel:
     """The backbone of an adapter, in the precision it was trained in unless told otherwise."""
     quantised = config.backbone_quantization is not None if load_in_4bit is None else load_in_4bit
+    if dequantize and not quantised:
+        raise UsageError(f"`--dequantize`: the backbone of {path} is not in 4 bits; leave the flag out")
     if dtype is None:
         stored = config.backbone_config.dtype or (torch.bfloat16 if quantised else torch.float32)
         dtype = getattr(torch, stored) if isinstance(stored, str) else stored
@@ -149,6 +163,8 @@ def _open_backbone(path, config, load_in_4bit, dtype, name, device_map) -> PreTr
             f"{config.backbone_fingerprint}) than {name or config.backbone_name} ({found}); name that one with "
             "`--model_name_or_path`"
         )
+    if dequantize:
+        dequantise_(backbone, dtype)
     return backbone
 
 

@@ -33,6 +33,7 @@ class OpeningSettings(Options):
         None, "Another place of the backbone: a folder, GGUF or Hub id (default: where training found it).", "PATH"
     )
     load_in_4bit: bool | None = flag(None, "Backbone in NF4; false: in full (default: as trained).")
+    dequantize: bool = flag(False, "4 bits as full weights of the same values: faster on a CPU, more memory.")
     reading: dict[str, object] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -48,6 +49,11 @@ class OpeningSettings(Options):
                     f"`--{name}` is no setting of how a {read_config(folder)['model_type']} model reads "
                     f"(known: {', '.join(known) or 'none'}); leave it out"
                 )
+
+    @property
+    def trained_over_4bit(self) -> bool:
+        """Whether the backbone was in 4 bits when the adapter was trained."""
+        return read_config(self.adapter_path).get("backbone_quantization") is not None
 
     def place(self, output_dir: str | None, name: str) -> Path:
         """Where the files go: by default a folder `name` in the adapter's, or, of one of the Hub, in runs/ADAPTER."""

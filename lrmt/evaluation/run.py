@@ -1,6 +1,7 @@
 """`lrmt evaluate`: from settings to results.json, heatmap.png and a table."""
 
 import contextlib
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -270,9 +271,17 @@ def load_on_device(settings):
     """The model on this rank's GPU, or on the CPU where there is none."""
     device = this_rank().device if torch.cuda.is_available() else torch.device("cpu")
     device_map = None if device.type == "cpu" else {"": device}
+    if settings.load_in_4bit is False and settings.trained_over_4bit and this_rank().is_main_process:
+        print(
+            f"`--load_in_4bit false`: {settings.adapter_name} was trained over 4 bits, and may forget over the full weights; "
+            "`--dequantize true` keeps the values that it was trained over",
+            file=sys.stderr,
+            flush=True,
+        )
     model = lrmt.load(
         settings.adapter_path,
         load_in_4bit=settings.load_in_4bit,
+        dequantize=settings.dequantize,
         model_name_or_path=settings.model_name_or_path,
         device_map=device_map,
         **settings.reading,

@@ -96,7 +96,8 @@ class EvaluationSettings(OpeningSettings):
     def identity(self) -> dict:
         """Whatever changes a measurement; two runs of one identity may share an output folder.
 
-        Tasks, lengths and the endpoint's model are not part of it (they name cells), nor is the batch size.
+        Tasks, lengths and the endpoint's model are not part of it (they name cells), nor are the batch size and whether 4 bits are
+        computed with as full weights.
         """
         reading = method_settings(self.adapter_path, self.reading, measured=True)
         identity = {
@@ -349,7 +350,11 @@ example:
 
     def options(self) -> dict:
         """What `run_harness` takes."""
-        loading = {"load_in_4bit": self.load_in_4bit, "model_name_or_path": self.model_name_or_path} | self.reading
+        loading = {
+            "load_in_4bit": self.load_in_4bit,
+            "dequantize": self.dequantize or None,
+            "model_name_or_path": self.model_name_or_path,
+        } | self.reading
         return {
             "adapter_path": self.adapter_path,
             "tasks": self.harness,

@@ -293,7 +293,7 @@ class ArmtForCausalLM(RecurrentModel):
         if any(not weight.is_floating_point() for layer in layers for weight in layer.parameters()):
             raise UsageError(
                 "`--diagonal_batching` multiplies by the weights of all layers at once, which weights in 4 bits are not there for. Say "
-                "`--diagonal_batching false`, or open it with `--load_in_4bit false`"
+                "`--diagonal_batching false`, or open it with `--dequantize true`"
             )
         inputs = inputs[-len(layers) :]
         if any(one.get("attention_mask") is not inputs[0].get("attention_mask") for one in inputs):

@@ -19,6 +19,7 @@ from lrmt.arguments import ModelArguments
 from lrmt.cli import main
 from lrmt.errors import UsageError
 from lrmt.evaluation import run as evaluation
+from lrmt.evaluation.settings import EvaluationSettings
 from lrmt.models import RmtForCausalLM
 from lrmt.publishing.merge import merge_adapter
 from lrmt.training.build import build_empty_model, build_model
@@ -107,7 +108,7 @@ def test_device_map_reaches_a_merged_checkpoint(merged, device_map):
     assert {p.device.type for p in lrmt.load(merged).parameters()} == {"cpu"}
 
 
-@pytest.mark.parametrize("flag", [{"load_in_4bit": True}, {"model_name_or_path": "tiny-llama"}])
+@pytest.mark.parametrize("flag", [{"load_in_4bit": True}, {"dequantize": True}, {"model_name_or_path": "tiny-llama"}])
 def test_a_merged_checkpoint_refuses_what_would_change_nothing(merged, flag):
     with pytest.raises(UsageError, match=f"--{next(iter(flag))}.*merged checkpoint.*leave the flag out"):
         lrmt.load(merged, **flag)
@@ -241,6 +242,31 @@ def test_a_backbone_in_4_bits_is_told_recorded_and_merged(packed, tmp_path, caps
         assert max(gaps.values()) < 1e-4
         assert gap(logits(lrmt.load(tmp_path / base)), want) < 1e-4
         assert "quantization_config" not in (tmp_path / base / "config.json").read_text()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_full_weights_of_the_values_of_4_bits_compute_the_same(backbones, tmp_path, dtype):
+    folder = save(backbones["llama"], tmp_path / "adapter", dtype=dtype)
+    packed, full = lrmt.load(folder, dtype=dtype), lrmt.load(folder, dtype=dtype, dequantize=True)
+    assert any(p.dtype == torch.uint8 for p in packed.parameters())
+    assert not any(p.dtype == torch.uint8 for p in full.parameters())
+    want = logits(packed)
+    assert gap(logits(full), want) < 1e-6
+    assert gap(logits(lrmt.load(folder, dtype=dtype, load_in_4bit=False)), want) > 1e-2
+
+
+def test_dequantising_what_is_not_in_4_bits_is_refused(backbones, tmp_path):
+    folder = save(backbones["llama"], tmp_path / "adapter", **FULL)
+    with pytest.raises(UsageError, match="--dequantize.*not in 4 bits; leave the flag out"):
+        lrmt.load(folder, dequantize=True)
+
+
+def test_full_weights_under_an_adapter_of_4_bits_are_told(backbones, tmp_path, capsys):
+    folder = save(backbones["llama"], tmp_path / "adapter")
+    evaluation.load_on_device(EvaluationSettings(str(folder), task=("passkey",), load_in_4bit=False))
+    assert "was trained over 4 bits, and may forget over the full weights" in capsys.readouterr().err
+    evaluation.load_on_device(EvaluationSettings(str(folder), task=("passkey",), dequantize=True))
+    assert "trained over" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("in_4bit", [True, False])

@@ -190,9 +190,8 @@ def test_the_model_is_opened_as_was_asked(adapter, monkeypatch):
     monkeypatch.setattr(lrmt, "load", lambda path, **options: opened.append(options) or model)
     reading = {"top_k": 3, "offload_blocks": True}
     evaluate(folder, "1", reading=reading, load_in_4bit=False, model_name_or_path="elsewhere/llama")
-    assert [options | {"device_map": None} for options in opened] == [
-        {"top_k": 3, "offload_blocks": True, "load_in_4bit": False, "model_name_or_path": "elsewhere/llama", "device_map": None}
-    ]  # fmt: skip
+    asked = {"load_in_4bit": False, "dequantize": False, "model_name_or_path": "elsewhere/llama", "device_map": None}
+    assert [options | {"device_map": None} for options in opened] == [reading | asked]
 
 
 def test_a_second_endpoint_is_a_column_of_its_own(adapter):

@@ -258,5 +258,5 @@ def test_diagonal_batching_is_refused_where_it_cannot_be():
         layer.mlp.up_proj.weight = nn.Parameter(torch.zeros(4, 1, dtype=torch.uint8), requires_grad=False)
     model.backbone.model.layers[0].mlp.forward = lambda hidden: hidden
     model.backbone.model.layers[1].mlp.forward = lambda hidden: hidden
-    with pytest.raises(UsageError, match="--load_in_4bit false"):
+    with pytest.raises(UsageError, match="--dequantize true"):
         model.read(ids(1, 4 * LENGTH))
