@@ -8,6 +8,7 @@ import os
 import resource
 import subprocess
 import sys
+import time
 import warnings
 import weakref
 from pathlib import Path
@@ -27,6 +28,19 @@ MIB = 2**20
 
 def pick_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def measure_seconds(step, cpu_clock=time.perf_counter) -> float:
+    """Of one call. `cpu_clock`: the clock without a GPU; `time.process_time` counts what neighbours on the machine do not take."""
+    if not torch.cuda.is_available():
+        begin = cpu_clock()
+        step()
+        return cpu_clock() - begin
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    step()
+    torch.cuda.synchronize()
+    return time.perf_counter() - begin
 
 
 def build_model(hidden_size: int, layers: int, segment_length: int, vocabulary: int, num_memory_tokens=16, **settings):

@@ -20,10 +20,9 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
-from common import pick_device, write_report
+from common import measure_seconds, pick_device, write_report
 from landmark_read import decode_seconds
 from landmark_throughput import build_step
-from throughput import measure_seconds
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lrmt.adapters.backbone import copy_dequantised_

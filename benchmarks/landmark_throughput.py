@@ -9,9 +9,8 @@ best of `--rounds` steps counts. Memory is the peak of live tensors, weights inc
 import argparse
 
 import torch
-from common import MIB, PeakMemory, pick_device, write_report
+from common import MIB, PeakMemory, measure_seconds, pick_device, write_report
 from peft import LoraConfig, get_peft_model
-from throughput import measure_seconds
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lrmt.models import LandmarkForCausalLM

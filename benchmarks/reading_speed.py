@@ -13,7 +13,7 @@ import argparse
 import time
 
 import torch
-from common import MIB, PeakMemory, pick_device, write_report
+from common import MIB, PeakMemory, measure_seconds, pick_device, write_report
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lrmt.models import METHODS
@@ -83,19 +83,6 @@ def run_wrapper(backbone: LlamaForCausalLM, ids: torch.Tensor, length: int, memo
     return kept
 
 
-def measure(read) -> float:
-    """Seconds of one call."""
-    clock = time.process_time
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        clock = time.perf_counter
-    begin = clock()
-    read()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return clock() - begin
-
-
 @torch.no_grad()
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -124,7 +111,7 @@ def main(argv=None):
             peaks[variant] = peak.tensor_bytes() / MIB
         for _ in range(options["rounds"]):
             for variant, read in readers.items():
-                seconds[variant].append(measure(read))
+                seconds[variant].append(measure_seconds(read, time.process_time))
         best = {variant: min(found) for variant, found in seconds.items()}
         for variant, took in best.items():
             row = {

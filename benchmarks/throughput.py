@@ -7,10 +7,9 @@ in all three. The variants take turns; the best of `--rounds` steps counts, whic
 """
 
 import argparse
-import time
 
 import torch
-from common import build_model, pick_device, write_report
+from common import build_model, measure_seconds, pick_device, write_report
 
 
 def build_step(variant: str, segments: int, **size):
@@ -30,16 +29,6 @@ def build_step(variant: str, segments: int, **size):
         optimizer.zero_grad()
 
     return step, ids.numel()
-
-
-def measure_seconds(step) -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    begin = time.perf_counter()
-    step()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - begin
 
 
 def main(argv=None):
