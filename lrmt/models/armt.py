@@ -61,6 +61,10 @@ class ArmtConfig(RecurrentConfig):
         return self.num_memory_tokens
 
     @property
+    def written_positions(self) -> int:
+        return self.num_memory_tokens
+
+    @property
     def positions(self) -> int:
         return self.segment_length + self.num_memory_tokens
 

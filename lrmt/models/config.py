@@ -186,6 +186,10 @@ class RecurrentConfig(LongContextConfig):
         """Positions of a segment with what stands before and after its tokens."""
         return self.segment_length
 
+    #: positions at a segment's end of which alone a method writes; of a segment that is read only, the last layer then gives no others.
+    #: None: `write` may look at all of them
+    written_positions: ClassVar[int | None] = None
+
     def refuse_window(self, window: int) -> None:
         """Raises `UsageError` for segments that do not fit into the backbone's window."""
         raise UsageError(
@@ -196,9 +200,11 @@ class RecurrentConfig(LongContextConfig):
     def read_flops(self, shape: Shape, tokens: int) -> float:
         whole, rest = divmod(tokens, self.segment_length)
         spans = ((self.segment_length, 0, whole), (rest, whole, whole + 1))
+        spared = 0 if self.written_positions is None else self.positions - self.written_positions
+        before_last = whole - (rest == 0)
         return sum(
             self.segments_flops(shape, size, first, last) for size, first, last in spans if size and first < last
-        )
+        ) - (2 * spared * shape.tail * before_last)
 
     def segments_flops(self, shape: Shape, tokens: int, first: int, last: int) -> float:
         """FLOPs of the segments number `first` to `last` (the one after), each of so many tokens."""

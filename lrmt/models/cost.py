@@ -8,14 +8,15 @@ from typing import NamedTuple
 from transformers import PreTrainedModel
 
 from lrmt.errors import UsageError
-from lrmt.models.weights import layers_of
+from lrmt.models.weights import behind_attention, layers_of
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a weight, its block's constant, that constant's own block
 
 
 class Shape(NamedTuple):
     """A decoder: `matrices`, the weights of its layers' linear maps; `attention`, its heads × their size, `keys`, those of keys; `head`,
-    the weights of the language-model head; `weights`, all that it has; `inner`, the width of its MLP.
+    the weights of the language-model head; `weights`, all that it has; `inner`, the width of its MLP; `tail`, of `matrices` those behind
+    the attention of the last layer.
     """
 
     matrices: int
@@ -26,6 +27,7 @@ class Shape(NamedTuple):
     head: int
     weights: int
     inner: int
+    tail: int
 
     def run(self, queries: float, keys: float | None = None) -> float:
         """FLOPs of so many positions that each attend to `keys` positions (default: all of them, as attention without a kernel of its own
@@ -63,6 +65,13 @@ def shape_of(backbone: PreTrainedModel) -> Shape:
         head=config.vocab_size * config.hidden_size,
         weights=sum(parameter.numel() for parameter in backbone.parameters()),
         inner=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        tail=sum(
+            w.numel()
+            for layer in layers[-1:]
+            for part in behind_attention(layer)
+            for w in part.parameters()
+            if w.dim() == 2
+        ),
     )
 
 

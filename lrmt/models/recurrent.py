@@ -28,7 +28,7 @@ from lrmt.models.recording import Recording, Written, average_attention, eager_a
 from lrmt.models.scoring import IGNORED
 from lrmt.models.segments import Grid, Segment, pad_left
 from lrmt.models.state import State
-from lrmt.models.weights import gathered, in_use, uncompiled
+from lrmt.models.weights import gathered, in_use, narrowed, uncompiled
 
 
 class SegmentOutput(NamedTuple):
@@ -139,7 +139,8 @@ class RecurrentModel(LongContextModel):
         before, after = (tokens[:, :0] if part is None else part for part in (self.prefix(memory), self.suffix(memory)))
         n, width, k = before.shape[1], tokens.shape[1], after.shape[1]
         mask = None if segment.mask is None else F.pad(segment.mask, (n, k), value=True)
-        with self.around(memory, ends=True):
+        alone = segment.wanted is None and self.config.written_positions == k > 0
+        with self.around(memory, ends=True), narrowed(self.backbone, k) if alone else contextlib.nullcontext():
             hidden, attention = self._run_decoder(torch.cat([before, tokens, after], dim=1), mask)
         before, tokens, after = hidden.split([n, width, k], dim=1)
         kept = hidden.new_zeros(0, hidden.shape[-1]) if segment.wanted is None else tokens[segment.wanted]

@@ -53,6 +53,10 @@ class RmtConfig(RecurrentConfig):
         return max(0, self.num_memory_tokens - self.memory_shift)
 
     @property
+    def written_positions(self) -> int:
+        return self.num_memory_tokens
+
+    @property
     def positions(self) -> int:
         return self.segment_length + self.memory_copies * self.num_memory_tokens
 

@@ -1,5 +1,7 @@
 """What every method promises, whichever it is: states are values, inputs are moved and checked, the last logits are the last."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from other_device import OtherDevice, put_elsewhere
@@ -14,7 +16,9 @@ from lrmt.models import (
     RecurrentModel,
     RmtForCausalLM,
     RmtRetrievalForCausalLM,
+    recurrent,
 )
+from lrmt.models.weights import layers_of
 
 VOCAB = 50
 SHAPE = {
@@ -138,6 +142,36 @@ def test_rows_that_have_ended_are_not_computed(name, monkeypatch):
         torch.testing.assert_close(logits[i : i + 1], alone, rtol=1e-9, atol=1e-9)
         whole = model(torch.cat([ids(1, n, seed=n), end[:1]], dim=1), logits_to_keep=3).logits
         torch.testing.assert_close(after[i : i + 1], whole, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", [name for name, (model, *_) in METHODS.items() if issubclass(model, RecurrentModel)])
+def test_the_last_layer_computes_what_is_written_alone(name, monkeypatch):
+    """Of segments that are read only: the same states, losses and gradients as with all of it; how many positions the MLP sees tells."""
+    model, seen = build(name, checkpoint_segments=True), []
+    layers_of(model.backbone)[-1].mlp.up_proj.register_forward_hook(lambda _, args, out: seen.append(args[0].shape[1]))
+    mask = torch.ones(2, 41, dtype=torch.long)
+    mask[1, :9] = 0
+    labels = ids(2, 41).masked_fill(torch.arange(41) < 38, -100)
+
+    def run():
+        model.zero_grad()
+        model.read(ids(2, 41), attention_mask=mask)
+        read, loss = [*seen], model(ids(2, 41), attention_mask=mask, labels=labels).loss
+        loss.backward()
+        seen.clear()
+        return read, loss.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    sizes, loss, gradients = run()
+    monkeypatch.setattr(recurrent, "narrowed", lambda *_: nullcontext())
+    whole, want, plain = run()
+    assert len(sizes) == len(whole) == 3
+    if model.config.written_positions is None:
+        assert sizes == whole  # whoever looks at more is given more
+    else:
+        assert sizes == [model.config.written_positions] * 3 and all(n > 12 for n in whole)
+    torch.testing.assert_close(loss, want, rtol=1e-12, atol=1e-12)
+    for got, wanted in zip(gradients, plain, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-11)
 
 
 # ---------------------------------------------------------------------- states are values
