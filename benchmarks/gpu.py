@@ -2,9 +2,10 @@
 
     python benchmarks/gpu.py
 
-Checks first: RMT and landmark attention against the same computed plainly, in fp32 on the CPU or by another implementation; each gives
+Checks first: every method against the same computed plainly, in fp32 on the CPU or by another implementation; each gives
 the largest difference, as a share of the largest value, and its bound. Then figures: a landmark training step beside full (flash)
-attention, reading as a share of the device's matrix products in bf16, one more token after a long text. Nothing is
+attention, reading as a share of the device's matrix products in bf16, ARMT's diagonal batching beside its plain order, one more token
+after a long text. Nothing is
 downloaded; what a package is missing for is skipped, and what fails is told and does not stop the rest. Exit code 1 if anything failed.
 On a CPU, or with --tiny, sizes are such that all of it takes seconds: a rehearsal, whose speeds mean nothing.
 """
@@ -23,14 +24,16 @@ import torch
 from common import measure_seconds, pick_device, write_report
 from landmark_read import decode_seconds
 from landmark_throughput import build_step
+from reading_speed import build_backbone, build_reader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lrmt.adapters.backbone import copy_dequantised_
 from lrmt.arguments import ModelArguments
-from lrmt.models import LandmarkForCausalLM, RmtForCausalLM
+from lrmt.models import METHODS, LandmarkForCausalLM, RmtForCausalLM
 from lrmt.models.handover import states_and_embeddings
 from lrmt.models.landmark.attention import landmark_attention
 from lrmt.models.notes import Notes
+from lrmt.models.weights import layers_of
 from lrmt.progress import quiet_bars
 from lrmt.training.build import build_model
 
@@ -39,12 +42,14 @@ PRECISIONS = (("fp32", torch.float32, FP32), ("bf16", torch.bfloat16, BF16))
 SIZES = {
     "full": {
         "train_tokens": [8192, 16_384, 32_768], "train_hidden": 2048, "train_layers": 4, "rounds": 5, "matrix": 8192,
-        "read_hidden": 2048, "read_layers": 16, "segment_length": 1024, "batch": 8, "read_segments": 16,
+        "read_shape": "llama-8b", "segment_length": 1024, "batch": 8, "read_segments": 4,
+        "armt_shape": "llama-1b", "armt_segments": 64,
         "decode_tokens": [16_384, 131_072], "decode_hidden": 2048, "decode_layers": 4,
     },
     "tiny": {
         "train_tokens": [512], "train_hidden": 64, "train_layers": 1, "rounds": 1, "matrix": 256,
-        "read_hidden": 64, "read_layers": 1, "segment_length": 64, "batch": 2, "read_segments": 3,
+        "read_shape": "tiny", "segment_length": 64, "batch": 2, "read_segments": 3,
+        "armt_shape": "tiny", "armt_segments": 4,
         "decode_tokens": [256, 512], "decode_hidden": 64, "decode_layers": 1,
     },
 }  # fmt: skip
@@ -174,6 +179,39 @@ def check_nf4(handover: str, dtype: torch.dtype) -> float:
     return compare(score(model, ids, mixed=dtype == torch.bfloat16, notes=notes), score(plain, ids, notes=notes))
 
 
+def check_method(name: str, dtype: torch.dtype, notes: bool) -> float:
+    """Another recurrent method on the device against fp32 on the CPU, over 5 segments, what training begins at zero drawn at random."""
+
+    def build(device, dtype: torch.dtype):
+        torch.manual_seed(1)
+        settings = {"num_memory_tokens": 4, "segment_length": 48}
+        model = METHODS[name].from_backbone(llama(128, 2).requires_grad_(False), **settings).eval()
+        for parameter in model.parameters():
+            if parameter.requires_grad and not parameter.any():
+                torch.nn.init.normal_(parameter, std=0.02)
+        model.backbone.to(dtype)  # what the method adds trains in fp32
+        return model.to(device)
+
+    ids, asked = texts(2, 230), {"notes": make_notes()} if notes else {}
+    return compare(score(build(pick_device(), dtype), ids, **asked), score(build("cpu", torch.float32), ids, **asked))
+
+
+def check_diagonal() -> float:
+    """ARMT reading along diagonals against segment by segment: the matrices of its layers."""
+    torch.manual_seed(1)
+    backbone, ids = llama(128, 2).to(pick_device()), texts(2, 230)
+    states = []
+    for diagonal in (False, True):
+        torch.manual_seed(1)
+        model = METHODS["armt"].from_backbone(
+            backbone, num_memory_tokens=4, segment_length=48, diagonal_batching=diagonal
+        )
+        for value in model.writers.values:
+            torch.nn.init.normal_(value.weight, std=0.02)
+        states.append([part for one in model.to(pick_device()).eval().read(ids).memory for part in one])
+    return compare(states[1], states[0])
+
+
 def check_landmark(implementation: str, dtype: torch.dtype) -> float:
     """Grouped-query landmark attention against its definition, forward and backward, with padding and an unfinished block."""
     if implementation == "flex" and not torch.cuda.is_available():
@@ -235,6 +273,14 @@ CHECKS = {
         for name, dtype, bound in PRECISIONS
         if (handover, name) != ("tokens", "bf16")  # of a random head the likeliest tokens are a toss-up in bf16
     },
+    **{
+        f"{method}{', notes' * notes} {name}": (partial(check_method, method, dtype, notes), max(bound, least))
+        # of ARMT's keys and queries gradients are small sums of large terms, whose bf16 noise is a sixth of them
+        for method, notes, least_in_bf16 in (("rmt_retrieval", True, 0), ("armt", False, 0.3))
+        for name, dtype, bound in PRECISIONS
+        for least in [least_in_bf16 if dtype == torch.bfloat16 else 0]
+    },
+    "armt diagonal batching": (check_diagonal, FP32),
     "rmt pieces, saved and moved": (check_pieces, FP32),
     "rmt constant-memory BPTT": (check_checkpointing, FP32),
     "rmt NF4 tokens, notes fp32": (partial(check_nf4, "tokens", torch.float32), FP32),
@@ -300,22 +346,42 @@ def measure_training(sizes: dict) -> list[dict]:
 def measure_reading(sizes: dict) -> list[dict]:
     """RMT's reading as a share of what the device's matrix products alone allow."""
     length = sizes["segment_length"]
-    backbone = llama(sizes["read_hidden"], sizes["read_layers"], positions=length + 32).to(torch.bfloat16)
-    weights = sum(p.numel() for layer in backbone.model.layers for p in layer.parameters())
+    backbone = build_backbone(sizes["read_shape"], length + 32, torch.bfloat16)
+    weights = sum(p.numel() for layer in layers_of(backbone) for p in layer.parameters())
     model = RmtForCausalLM.from_backbone(
         backbone, num_memory_tokens=16, segment_length=length, memory_handover="tokens"
     )
     model = model.to(pick_device()).eval()
-    ids = texts(sizes["batch"], sizes["read_segments"] * length).to(model.device)
+    ids = texts(sizes["batch"], sizes["read_segments"] * length + 1).to(model.device)  # the last segment stays open
+    tokens = ids.numel() - len(ids)
     seconds = min(measure_seconds(lambda: model.read(ids)) for _ in range(3))
-    flops = 2 * weights * ids.numel() / seconds
+    flops = 2 * weights * tokens / seconds
     peak = matrix_peak(sizes["matrix"])
     return [
         {"figure": "bf16 matrix product", "tokens": 0, "value": peak / 1e12, "unit": "TFLOP/s", "ratio": 1.0},
         {
-            "figure": "reading, RMT", "tokens": ids.numel(), "value": ids.numel() / seconds, "unit": "tokens/s",
+            "figure": "reading, RMT", "tokens": tokens, "value": tokens / seconds, "unit": "tokens/s",
             "ratio": flops / peak,
         },
+    ]  # fmt: skip
+
+
+@torch.no_grad()
+def measure_diagonals(sizes: dict) -> list[dict]:
+    """ARMT's reading along diagonals as a share of its speed segment by segment."""
+    length = sizes["segment_length"]
+    backbone = build_backbone(sizes["armt_shape"], length + 32, torch.bfloat16)
+    ids = texts(1, sizes["armt_segments"] * length + 1).to(pick_device())
+    readers = {name: build_reader(name, backbone, ids, length, 16) for name in ("armt", "armt, diagonal")}
+    for read in readers.values():
+        read()
+    best = {name: min(measure_seconds(read) for _ in range(3)) for name, read in readers.items()}
+    return [
+        {
+            "figure": f"reading, {name}", "tokens": ids.numel() - 1, "value": (ids.numel() - 1) / seconds, "unit": "tokens/s",
+            "ratio": best["armt"] / seconds,
+        }
+        for name, seconds in best.items()
     ]  # fmt: skip
 
 
@@ -338,7 +404,7 @@ def measure_decoding(sizes: dict) -> list[dict]:
 
 def run_figures(sizes: dict) -> list[dict]:
     rows = []
-    for measure in (measure_reading, measure_decoding, measure_training):
+    for measure in (measure_reading, measure_diagonals, measure_decoding, measure_training):
         try:
             rows += measure(sizes)
         except Exception as error:

@@ -102,7 +102,7 @@ def test_what_fails_on_a_gpu_is_counted_and_written_as_json(tmp_path, monkeypatc
     def fail(*_):
         raise MemoryError
 
-    for name in ("measure_reading", "measure_decoding", "measure_training"):
+    for name in ("measure_reading", "measure_diagonals", "measure_decoding", "measure_training"):
         monkeypatch.setattr(
             gpu, name, lambda sizes: [{"figure": "one", "tokens": 1, "value": 1.0, "unit": "s", "ratio": 1.0}]
         )
