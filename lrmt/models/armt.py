@@ -238,6 +238,10 @@ class ArmtForCausalLM(RecurrentModel):
         """
         return [one._replace(matrix=one.matrix * (1 + noise * torch.randn_like(one.matrix))) for one in memory]
 
+    def fault_of(self, memory: Memory) -> str:
+        finite = [all(bool(part.isfinite().all()) for part in one) for one in memory]
+        return "" if all(finite) else f", layer {finite.index(False) + 1} of {len(finite)}"
+
     @contextlib.contextmanager
     def around(self, memory: Memory, ends: bool):
         self._now, self._written = memory, [] if ends else None

@@ -123,6 +123,10 @@ class RecurrentModel(LongContextModel):
         """What a later batch may begin from, of the memories that a batch has left."""
         return memory
 
+    def fault_of(self, memory: Memory) -> str:
+        """Where in a memory that is not finite, if there is more to tell: ", …"."""
+        return ""
+
     def around(self, memory: Memory, ends: bool):
         """A context in which the decoder runs a segment, as far as it goes; what stands in no segment, but around layers, is set up
         here. `ends`: the suffix stands at its end, and `write` comes next.
@@ -295,9 +299,9 @@ class RecurrentModel(LongContextModel):
         broken = []
         for s in range(len(grid) - 1):  # all of them, on every rank
             memory = self._recur(grid, range(s, s + 1), memory)[1]
-            broken += [] if math.isfinite(root_mean_square(memory)) else [s + 1]
+            broken += [] if math.isfinite(root_mean_square(memory)) else [f"segment {s + 1}{self.fault_of(memory)}"]
         return (
-            f"memory first breaks in segment {broken[0]}" if broken else f"it breaks in the last segment, {len(grid)}"
+            f"memory first breaks in {broken[0]}" if broken else f"it breaks in the last segment, {len(grid)}"
         )
 
     def on_progress(self, share: float) -> None:

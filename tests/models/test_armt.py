@@ -260,3 +260,10 @@ def test_diagonal_batching_is_refused_where_it_cannot_be():
     model.backbone.model.layers[1].mlp.forward = lambda hidden: hidden
     with pytest.raises(UsageError, match="--dequantize true"):
         model.read(ids(1, 4 * LENGTH))
+
+
+def test_the_layer_whose_association_breaks_is_named():
+    model = build()
+    with torch.no_grad():
+        model.writers.values[1].weight.fill_(torch.inf)
+    assert model.find_fault(ids(1, 3 * LENGTH)) == "memory first breaks in segment 1, layer 2 of 2"
