@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lrmt.models import RmtForCausalLM
+from lrmt.models import METHODS
 
 # glibc then maps each large block by itself and gives it back at once: the peak of a process is that of what it held
 TIDY_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "131072"}
@@ -43,8 +43,10 @@ def measure_seconds(step, cpu_clock=time.perf_counter) -> float:
     return time.perf_counter() - begin
 
 
-def build_model(hidden_size: int, layers: int, segment_length: int, vocabulary: int, num_memory_tokens=16, **settings):
-    """RMT with LoRA (r = 8, every linear layer) over a random LLaMA in fp32; only LoRA and the memory train."""
+def build_model(
+    hidden_size: int, layers: int, segment_length: int, vocabulary: int, num_memory_tokens=16, method="rmt", **settings
+):
+    """A recurrent method with LoRA (r = 8, every linear layer) over a random LLaMA in fp32; only LoRA and the memory train."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, and it warns of what is not used here
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     from peft import LoraConfig, get_peft_model
@@ -56,16 +58,16 @@ def build_model(hidden_size: int, layers: int, segment_length: int, vocabulary: 
         intermediate_size=hidden_size * 8 // 3 // 8 * 8,
         num_hidden_layers=layers,
         num_attention_heads=max(1, hidden_size // 64),
-        max_position_embeddings=segment_length + 2 * num_memory_tokens,
+        max_position_embeddings=segment_length + 3 * num_memory_tokens,
         use_cache=False,
         bos_token_id=None,
         eos_token_id=None,
     )
     backbone = LlamaForCausalLM(config).requires_grad_(False)
-    model = RmtForCausalLM.from_backbone(
+    model = METHODS[method].from_backbone(
         backbone, num_memory_tokens=num_memory_tokens, segment_length=segment_length, **settings
     )
-    lora = LoraConfig(r=8, target_modules="all-linear", modules_to_save=model.memory_modules)
+    lora = LoraConfig(r=8, target_modules=r"backbone\..*_proj", modules_to_save=model.memory_modules)
     return get_peft_model(model, lora).to(pick_device())
 
 

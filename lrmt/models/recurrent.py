@@ -300,9 +300,7 @@ class RecurrentModel(LongContextModel):
         for s in range(len(grid) - 1):  # all of them, on every rank
             memory = self._recur(grid, range(s, s + 1), memory)[1]
             broken += [] if math.isfinite(root_mean_square(memory)) else [f"segment {s + 1}{self.fault_of(memory)}"]
-        return (
-            f"memory first breaks in {broken[0]}" if broken else f"it breaks in the last segment, {len(grid)}"
-        )
+        return f"memory first breaks in {broken[0]}" if broken else f"it breaks in the last segment, {len(grid)}"
 
     def on_progress(self, share: float) -> None:
         self.noise_share = share
