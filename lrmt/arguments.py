@@ -176,6 +176,10 @@ class TrainingArguments(HfTrainingArguments):
         default=False,
         metadata={"help": "Train into a folder that is not empty; its adapter and checkpoints are replaced."},
     )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={"help": "Go on with a run: true, from the last checkpoint in --output_dir, or the path of one."},
+    )
     eval_strategy: str = field(
         default="steps", metadata={"help": "Evaluate every --eval_steps steps, and at stage ends."}
     )

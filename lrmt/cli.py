@@ -63,7 +63,8 @@ def report(settings):
 def build_data(settings):
     quiet_libraries()
     files = find("lrmt.data.write:build")(settings)
-    print(f"{len(files)} files are in {settings.output_dir}; load them with")
+    told = "1 file is" if len(files) == 1 else f"{len(files)} files are"
+    print(f"{told} in {settings.output_dir}; load with")
     print(f'  datasets.load_dataset("{settings.output_dir}", "{files[0].parent.name}", split="{settings.task[0]}")')
 
 
@@ -74,7 +75,9 @@ def show_data(settings):
 
 COMMANDS = {
     "evaluate": Command("lrmt.evaluation.settings:EvaluationSettings", evaluate, "accuracy by length, with baselines"),
-    "inspect": Command("lrmt.evaluation.inspection:InspectionSettings", inspect, "which passages an answer read"),
+    "inspect": Command(
+        "lrmt.evaluation.inspection:InspectionSettings", inspect, "what a memory says, what an answer read"
+    ),
     "merge": Command("lrmt.publishing.settings:MergeSettings", merge, "write an adapter into its backbone"),
     "plan": Command("lrmt.evaluation.planning:PlanSettings", plan, "what reading costs, by method and length"),
     "score": Command("lrmt.evaluation.babilong.rescoring:ScoreSettings", score, "score public predictions again"),

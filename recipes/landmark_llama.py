@@ -1,4 +1,4 @@
-"""
+r"""
 Teaches a LLaMA random access to its past: landmark attention with LoRA over a 4-bit backbone.
 
 On any machine, with the tiny LLaMA that ships with lrmt (no network, no GPU):

@@ -1,4 +1,4 @@
-"""
+r"""
 Teaches a Mistral random access to its past: landmark attention with LoRA over a 4-bit backbone. Its sliding window, if
 it has one, is switched off: landmarks reach what lies behind it.
 

@@ -1,4 +1,4 @@
-"""
+r"""
 Teaches a Mistral to remember across segments: RMT with LoRA over a 4-bit backbone.
 
 On any machine, with the tiny Mistral that ships with lrmt (no network, no GPU):

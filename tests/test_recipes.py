@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 
 from lrmt.models import METHODS, RecurrentModel
 from lrmt.training.curriculum import Curriculum
-from lrmt.training.recipe import parse_recipe
+from lrmt.training.recipe import parse_recipe, run_recipe
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
@@ -172,3 +172,14 @@ def test_recipe_is_runnable_from_anywhere(tmp_path):
     assert done.wait() == 2
     assert done.stderr == "lrmt: error: unknown flag `--segment_lenght`; did you mean `--segment_length`?\n"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_interrupting_is_one_line(monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lrmt.training.recipe.train", interrupt)
+    with pytest.raises(SystemExit) as end:
+        run_recipe("rmt", default_config=ROOT / "recipes" / "configs" / "rmt_tiny_llama.yaml", description="", args=[])
+    error = capsys.readouterr().err
+    assert end.value.code == 130 and "--resume_from_checkpoint true" in error and "Traceback" not in error

@@ -27,6 +27,10 @@ class Cost(NamedTuple):
     activations: float
 
 
+#: settings of methods that costs depend on most, told beside them
+COUNTED = ("segment_length", "num_memory_tokens", "association_dim", "context_length", "block_length", "top_k")
+
+
 def run_plan(settings: PlanSettings) -> None:
     """Prints a table of the costs, and writes them where asked to. Of methods that nobody named, those that cannot be planned so are left
     out, each with a line.
@@ -41,12 +45,14 @@ def run_plan(settings: PlanSettings) -> None:
     shape = shape_of(backbone)
     if settings.output_dir is not None:
         check_writable(settings.output_dir)
-    records, left_out = [], {}
+    records, left_out, configs = [], {}, {}
     for tokens in settings.tokens:
         full = cost_of(None, shape, tokens, settings.training)
         for name in settings.method or names:
             try:
-                cost = cost_of(build_config(name, settings, backbone_config), shape, tokens, settings.training)
+                if name not in configs:
+                    configs[name] = build_config(name, settings, backbone_config)
+                cost = cost_of(configs[name], shape, tokens, settings.training)
             except UsageError as error:
                 if settings.method:
                     raise
@@ -57,6 +63,11 @@ def run_plan(settings: PlanSettings) -> None:
                 {"method": name, "tokens": tokens} | cost._asdict() | {"less": full.flops / cost.flops} | seconds
             )
     print(describe(settings, shape, records))
+    for name, config in configs.items():
+        if config is not None:
+            own = {field.name for field in config.own_settings()}
+            counted = (f"{setting} {getattr(config, setting)}" for setting in COUNTED if setting in own)
+            print(f"{name}: {', '.join(counted)}")
     for (name, why), tokens in left_out.items():
         print(f"{name} is left out from {format_tokens(tokens)} tokens on: {why}")
     if settings.output_dir is not None:

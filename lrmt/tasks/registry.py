@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lrmt.errors import UsageError, suggest
 from lrmt.tasks import names
+from lrmt.tasks.babi.vocabulary import Vocabulary
 from lrmt.tasks.babilong import BabilongTask
 from lrmt.tasks.background import Background, open_background
 from lrmt.tasks.base import Example, Task, derive_rng
@@ -88,6 +89,8 @@ def check_sources(name: str, options: TaskOptions) -> list[str]:
             raise UsageError(f"--task {part!r} is unknown; known: {known}")
     if options.babi_dir is not None and not Path(options.babi_dir).is_dir():  # whatever reads it
         raise UsageError(f"--babi_dir {options.babi_dir} is not a folder; give the one with the bAbI text files")
+    if options.babi_vocabulary is not None:
+        Vocabulary.load(options.babi_vocabulary)
     if "dataset" in parts and options.dataset_name and is_file_of_rows(options):
         check_file(Path(options.dataset_name).expanduser())
     if "text" in parts and options.text_path and looks_local(options.text_path):

@@ -46,7 +46,8 @@ def find_checkpoint(output_dir: str | os.PathLike, wanted: str | bool | None) ->
         whole = [path for _, path in sorted(steps.items()) if _what_is_broken(path) is None]
         if not whole:
             raise UsageError(
-                f"`--resume_from_checkpoint`: {output_dir} holds no whole checkpoint; start without the flag"
+                f"`--resume_from_checkpoint`: {output_dir} holds no whole checkpoint; name the folder of the run with "
+                "`--output_dir`, or start without the flag"
             )
         return str(whole[-1])
     path = Path(wanted)

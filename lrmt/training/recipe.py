@@ -19,8 +19,12 @@ def run_recipe(
     method: str, *, default_config: str | os.PathLike, description: str, args: Sequence[str] | None = None
 ) -> LongContextTrainer | None:
     """Trains a method of METHODS as the command line says, and ends the program with one line where it cannot."""
-    with exit_on_error():
-        return train(*parse_recipe(method, default_config=default_config, description=description, args=args))
+    try:
+        with exit_on_error():
+            return train(*parse_recipe(method, default_config=default_config, description=description, args=args))
+    except KeyboardInterrupt:
+        print("lrmt: interrupted; go on from the last checkpoint: --resume_from_checkpoint true", file=sys.stderr)
+        sys.exit(130)
 
 
 def parse_recipe(

@@ -136,9 +136,11 @@ class LongContextTrainer(Trainer):
         if any(drawn.cut) and not self._said_cut:
             self._said_cut = True
             if self.is_world_process_zero():
-                size = self.model.get_base_model().config.note_length
+                config = self.model.get_base_model().config
                 print(
-                    f"notes are cut to {size} tokens, which the memory has; `--num_memory_tokens` makes room for more"
+                    f"notes are cut to {config.note_length} tokens, which the memory has"
+                    f"{' beside the one that `--memory_shift` takes' if getattr(config, 'memory_shift', False) else ''}; "
+                    "`--num_memory_tokens` makes room for more"
                 )
         self._note_shares = self._share_out(drawn, num_batches)
         self.progress.tokens += sum(b["input_ids"].numel() for b in drawn.micro_batches) * self.args.world_size
