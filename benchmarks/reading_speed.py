@@ -21,7 +21,7 @@ from lrmt.models.weights import layers_of
 
 SHAPES = {  # hidden size, MLP, layers, heads, those of keys, vocabulary
     "tiny": (64, 128, 2, 4, 2, 1024),
-    "small": (384, 1024, 4, 6, 6, 32_000),
+    "small": (256, 688, 5, 4, 4, 32_000),  # 12 million parameters
     "smollm2": (576, 1536, 30, 9, 3, 49_152),
     "llama-1b": (2048, 8192, 16, 32, 8, 128_256),
     "llama-8b": (4096, 14336, 32, 32, 8, 128_256),
