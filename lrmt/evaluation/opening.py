@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import ClassVar
 
-from lrmt.adapters.find import find_adapter
+from lrmt.adapters.backbone import quantization_of, read_backbone_config
+from lrmt.adapters.find import find_adapter, find_backbone
 from lrmt.errors import UsageError
 from lrmt.flags import HELP, Flags, Group, flag
+from lrmt.ranks import this_rank
 from lrmt.tasks.options import Options
 
 
@@ -49,11 +52,6 @@ class OpeningSettings(Options):
                     f"`--{name}` is no setting of how a {read_config(folder)['model_type']} model reads "
                     f"(known: {', '.join(known) or 'none'}); leave it out"
                 )
-
-    @property
-    def trained_over_4bit(self) -> bool:
-        """Whether the backbone was in 4 bits when the adapter was trained."""
-        return read_config(self.adapter_path).get("backbone_quantization") is not None
 
     def place(self, output_dir: str | None, name: str) -> Path:
         """Where the files go: by default a folder `name` in the adapter's, or, of one of the Hub, in runs/ADAPTER."""
@@ -103,6 +101,21 @@ class OpeningSettings(Options):
         texts = {"description": mode.description, "examples": mode.examples if groups else f"{mode.examples}\n{more}"}
         shown = {f.name: config[f.name] for group in groups for f in group.fields if f.name in config}
         Flags(mode, *groups, program=program, **texts, shown=shown).parse(["--help"])
+
+
+def tell_of_full_weights(adapter_path: str, load_in_4bit: bool | None, model_name_or_path: str | None) -> None:
+    """Says so where an adapter that was trained over 4 bits is about to be opened over other values than these stand for."""
+    config = read_config(adapter_path)
+    if load_in_4bit is not False or config.get("backbone_quantization") is None or not this_rank().is_main_process:
+        return
+    place = model_name_or_path or find_backbone(Path(adapter_path), config.get("backbone_name"))
+    if quantization_of(read_backbone_config(place, revision=config.get("backbone_revision"))) is None:
+        print(
+            f"`--load_in_4bit false`: {adapter_path} was trained over 4 bits, and may forget over the full weights; "
+            "`--dequantize true` keeps the values that it was trained over",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _value_of(name: str, words: Sequence[str]) -> str | None:

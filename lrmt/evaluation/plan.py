@@ -64,10 +64,10 @@ def run_plan(settings: PlanSettings) -> None:
             )
     print(describe(settings, shape, records))
     for name, config in configs.items():
-        if config is not None:
+        if config is not None and any(row["method"] == name for row in records):
             own = {field.name for field in config.own_settings()}
             counted = (f"{setting} {getattr(config, setting)}" for setting in COUNTED if setting in own)
-            print(f"{name}: {', '.join(counted)}")
+            print(f"{name}: {', '.join(counted) or 'no settings'}")
     for (name, why), tokens in left_out.items():
         print(f"{name} is left out from {format_tokens(tokens)} tokens on: {why}")
     if settings.output_dir is not None:

@@ -1,7 +1,6 @@
 """`lrmt evaluate`: from settings to results.json, heatmap.png and a table."""
 
 import contextlib
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from lrmt.evaluation.babilong.predictions import Predictions, build_variant, rem
 from lrmt.evaluation.babilong.prompts import count_new_tokens
 from lrmt.evaluation.contenders import Contender, EndpointContender, build_contenders, build_endpoint_contender
 from lrmt.evaluation.grid import measure_cell
+from lrmt.evaluation.opening import tell_of_full_weights
 from lrmt.evaluation.plots import draw_depths, draw_heatmap
 from lrmt.evaluation.results import ResultsFolder, format_table
 from lrmt.evaluation.settings import Cell, EvaluationSettings
@@ -271,13 +271,7 @@ def load_on_device(settings):
     """The model on this rank's GPU, or on the CPU where there is none."""
     device = this_rank().device if torch.cuda.is_available() else torch.device("cpu")
     device_map = None if device.type == "cpu" else {"": device}
-    if settings.load_in_4bit is False and settings.trained_over_4bit and this_rank().is_main_process:
-        print(
-            f"`--load_in_4bit false`: {settings.adapter_name} was trained over 4 bits, and may forget over the full weights; "
-            "`--dequantize true` keeps the values that it was trained over",
-            file=sys.stderr,
-            flush=True,
-        )
+    tell_of_full_weights(settings.adapter_path, settings.load_in_4bit, settings.model_name_or_path)
     model = lrmt.load(
         settings.adapter_path,
         load_in_4bit=settings.load_in_4bit,

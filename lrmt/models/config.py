@@ -186,8 +186,8 @@ class RecurrentConfig(LongContextConfig):
         """Positions of a segment with what stands before and after its tokens."""
         return self.segment_length
 
-    #: positions at a segment's end of which alone a method writes; of a segment that is read only, the last layer then gives no others.
-    #: None: `write` may look at all of them
+    #: positions at a segment's end of which alone `write` writes; of a segment that is read only it is then given no others, and the last
+    #: layer computes no others. None: `write` looks at all of them
     written_positions: ClassVar[int | None] = None
 
     def refuse_window(self, window: int) -> None:

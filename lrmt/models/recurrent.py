@@ -28,16 +28,16 @@ from lrmt.models.recording import Recording, Written, average_attention, eager_a
 from lrmt.models.scoring import IGNORED
 from lrmt.models.segments import Grid, Segment, pad_left
 from lrmt.models.state import State
-from lrmt.models.weights import gathered, in_use, narrowed, uncompiled
+from lrmt.models.weights import gathered, in_use, layers_of, narrowed, uncompiled
 
 
 class SegmentOutput(NamedTuple):
     """Last hidden states of one segment: `before [B, n, d]`, `tokens [B, W, d]` with their `mask [B, W]` (None: no padding), `after
-    [B, k, d]`.
+    [B, k, d]`. Of a method with `written_positions` there is `after` alone where the segment is read only.
     """
 
-    before: Tensor
-    tokens: Tensor
+    before: Tensor | None
+    tokens: Tensor | None
     after: Tensor
     mask: Tensor | None
 
@@ -76,6 +76,7 @@ class RecurrentModel(LongContextModel):
                 "choose a decoder such as LLaMA, Mistral, Qwen or GPT-2"
             )
         self._passed = Passed()
+        self._last_layer = layers_of(self.backbone)[-1:]  # a list: a module would be one of the model's own
         with gathered(self.get_input_embeddings().weight):
             self.handover = HandOver(config.memory_handover, self.get_input_embeddings().weight)
 
@@ -143,8 +144,8 @@ class RecurrentModel(LongContextModel):
         before, after = (tokens[:, :0] if part is None else part for part in (self.prefix(memory), self.suffix(memory)))
         n, width, k = before.shape[1], tokens.shape[1], after.shape[1]
         mask = None if segment.mask is None else F.pad(segment.mask, (n, k), value=True)
-        alone = segment.wanted is None and self.config.written_positions == k > 0
-        with self.around(memory, ends=True), narrowed(self.backbone, k) if alone else contextlib.nullcontext():
+        alone = segment.wanted is None and self.config.written_positions == k > 0 and len(self._last_layer) > 0
+        with self.around(memory, ends=True), narrowed(self._last_layer[0], k) if alone else contextlib.nullcontext():
             hidden, attention = self._run_decoder(torch.cat([before, tokens, after], dim=1), mask)
         before, tokens, after = hidden.split([n, width, k], dim=1)
         kept = hidden.new_zeros(0, hidden.shape[-1]) if segment.wanted is None else tokens[segment.wanted]
@@ -160,7 +161,8 @@ class RecurrentModel(LongContextModel):
         after = self.handover(after, says, self.get_input_embeddings())
         if shift:
             after = torch.cat([self.suffix(self.start(len(after)))[:, :1], after[:, :-1]], dim=1)
-        return kept, self.write(memory, SegmentOutput(before, tokens, after, segment.mask)), told
+        seen = (None, None, after, None) if alone else (before, tokens, after, segment.mask)
+        return kept, self.write(memory, SegmentOutput(*seen)), told
 
     def _recur(self, grid: Grid, window: range, memory: Memory, noisy: bool = True) -> tuple[list, Memory, list]:
         """The loop: hidden states of the wanted positions per segment, the memory after the window, and the notes' cost per segment."""

@@ -53,8 +53,8 @@ class RmtConfig(RecurrentConfig):
         return max(0, self.num_memory_tokens - self.memory_shift)
 
     @property
-    def written_positions(self) -> int:
-        return self.num_memory_tokens
+    def written_positions(self) -> int | None:
+        return self.num_memory_tokens or None
 
     @property
     def positions(self) -> int:

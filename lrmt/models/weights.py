@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -41,17 +42,26 @@ BEHIND_ATTENTION = ("mlp", "self_attn.o_proj", "attn.c_proj")
 
 
 def behind_attention(layer: nn.Module) -> list[nn.Module]:
-    """The parts of a decoder layer that look at each position by itself, behind its attention; none where they are not known."""
-    parts = dict(layer.named_modules())
-    return [parts[name] for name in BEHIND_ATTENTION if name in parts]
+    """The parts of a decoder layer that look at each position by itself, behind its attention, and at nothing else; none where they are
+    not known.
+    """
+    parts = []
+    for name in BEHIND_ATTENTION:
+        part = layer
+        for step in name.split("."):
+            part = getattr(part, step, None)
+        if part is not None:
+            taken = inspect.signature(part.forward).parameters.values()
+            needed = [one for one in taken if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD]
+            parts += [part] * (len(needed) == 1)
+    return parts
 
 
 @contextmanager
-def narrowed(backbone: nn.Module, positions: int):
-    """While it lasts, the hidden states of the last so many positions alone are right: behind the attention of the last layer nothing
-    else is computed, with zeros in its place. A compiled layer stays as it is.
+def narrowed(layer: nn.Module, positions: int):
+    """While it lasts, of what a decoder layer gives the last so many positions alone are right: behind its attention nothing else is
+    computed. A layer that is compiled, or is run again on the way back, when this is over, stays as it is.
     """
-    last = layers_of(backbone)[-1:]
     hooks, widths = [], {}
 
     def narrow(module, args):
@@ -59,11 +69,13 @@ def narrowed(backbone: nn.Module, positions: int):
         return args[0][:, -positions:].contiguous(), *args[1:]
 
     def widen(module, args, output):
-        return F.pad(output, (0, 0, widths[module] - positions, 0))
+        first, *others = output if isinstance(output, tuple) else (output,)
+        first = F.pad(first, (0, 0, widths[module] - positions, 0))
+        return (first, *others) if isinstance(output, tuple) else first
 
-    for layer in last:
-        for module in () if layer._compiled_call_impl else behind_attention(layer):
-            hooks += [module.register_forward_pre_hook(narrow), module.register_forward_hook(widen)]
+    whole = layer._compiled_call_impl or (layer.gradient_checkpointing and layer.training)
+    for module in () if whole else behind_attention(layer):
+        hooks += [module.register_forward_pre_hook(narrow), module.register_forward_hook(widen)]
     try:
         yield
     finally:

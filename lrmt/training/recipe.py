@@ -11,6 +11,7 @@ from lrmt.arguments import CurriculumArguments, ModelArguments, TaskArguments, T
 from lrmt.errors import UsageError, exit_on_error
 from lrmt.flags import Group, parse_arguments
 from lrmt.models import METHODS
+from lrmt.ranks import this_rank
 from lrmt.training.run import train
 from lrmt.training.trainer import LongContextTrainer
 
@@ -23,7 +24,11 @@ def run_recipe(
         with exit_on_error():
             return train(*parse_recipe(method, default_config=default_config, description=description, args=args))
     except KeyboardInterrupt:
-        print("lrmt: interrupted; go on from the last checkpoint: --resume_from_checkpoint true", file=sys.stderr)
+        if this_rank().is_main_process:
+            print(
+                "lrmt: interrupted; once there is a checkpoint in --output_dir, --resume_from_checkpoint true goes on from it",
+                file=sys.stderr,
+            )
         sys.exit(130)
 
 

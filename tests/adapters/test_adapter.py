@@ -269,6 +269,12 @@ def test_full_weights_under_an_adapter_of_4_bits_are_told(backbones, tmp_path, c
     assert "trained over" not in capsys.readouterr().err
 
 
+def test_values_of_a_backbone_in_4_bits_are_no_other_weights(packed, tmp_path, capsys):
+    folder = save(packed, tmp_path / "adapter", dtype="float32")
+    evaluation.load_on_device(EvaluationSettings(str(folder), task=("passkey",), load_in_4bit=False))
+    assert "trained over" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("in_4bit", [True, False])
 def test_of_a_backbone_in_4_bits_all_is_of_the_dtype_asked_for(packed, in_4bit):
     bits = BitsAndBytesConfig(load_in_4bit=True) if in_4bit else None

@@ -6,7 +6,8 @@ import pytest
 import torch
 from other_device import OtherDevice, put_elsewhere
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
+from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 from lrmt.errors import UsageError
 from lrmt.models import (
@@ -18,7 +19,7 @@ from lrmt.models import (
     RmtRetrievalForCausalLM,
     recurrent,
 )
-from lrmt.models.weights import layers_of
+from lrmt.models.weights import behind_attention, layers_of
 
 VOCAB = 50
 SHAPE = {
@@ -144,34 +145,82 @@ def test_rows_that_have_ended_are_not_computed(name, monkeypatch):
         torch.testing.assert_close(after[i : i + 1], whole, rtol=1e-9, atol=1e-9)
 
 
+def watch(module, sizes):
+    return module.register_forward_hook(lambda _, args, output: sizes.append(args[0].shape[1]))
+
+
 @pytest.mark.parametrize("name", [name for name, (model, *_) in METHODS.items() if issubclass(model, RecurrentModel)])
 def test_the_last_layer_computes_what_is_written_alone(name, monkeypatch):
-    """Of segments that are read only: the same states, losses and gradients as with all of it; how many positions the MLP sees tells."""
+    """Of segments that are read only: the same states, losses and gradients as with all of it; how many positions its parts see tells."""
     model, seen = build(name, checkpoint_segments=True), []
-    layers_of(model.backbone)[-1].mlp.up_proj.register_forward_hook(lambda _, args, out: seen.append(args[0].shape[1]))
+    last = layers_of(model.backbone)[-1]
+    for part in (last.mlp.up_proj, last.self_attn.o_proj):
+        watch(part, seen)
+    hooks = {module: (len(module._forward_hooks), len(module._forward_pre_hooks)) for module in last.modules()}
     mask = torch.ones(2, 41, dtype=torch.long)
     mask[1, :9] = 0
     labels = ids(2, 41).masked_fill(torch.arange(41) < 38, -100)
 
     def run():
         model.zero_grad()
-        model.read(ids(2, 41), attention_mask=mask)
-        read, loss = [*seen], model(ids(2, 41), attention_mask=mask, labels=labels).loss
+        read = tree_leaves(model.read(ids(2, 41), attention_mask=mask).memory)
+        sizes, loss = [*seen], model(ids(2, 41), attention_mask=mask, labels=labels).loss
         loss.backward()
         seen.clear()
-        return read, loss.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        return sizes, [*read, loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
-    sizes, loss, gradients = run()
+    sizes, results = run()
+    assert {m: (len(m._forward_hooks), len(m._forward_pre_hooks)) for m in last.modules()} == hooks
     monkeypatch.setattr(recurrent, "narrowed", lambda *_: nullcontext())
-    whole, want, plain = run()
-    assert len(sizes) == len(whole) == 3
+    whole, want = run()
+    assert len(sizes) == len(whole) == 6
     if model.config.written_positions is None:
         assert sizes == whole  # whoever looks at more is given more
     else:
-        assert sizes == [model.config.written_positions] * 3 and all(n > 12 for n in whole)
-    torch.testing.assert_close(loss, want, rtol=1e-12, atol=1e-12)
-    for got, wanted in zip(gradients, plain, strict=True):
+        assert sizes == [model.config.written_positions] * 6 and all(n > 12 for n in whole)
+    for got, wanted in zip(results, want, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("checkpoint_segments", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_layers_that_are_run_again_are_left_whole(checkpoint_segments, reentrant):
+    gradients = []
+    for again in (False, True):
+        model = build("rmt", checkpoint_segments=checkpoint_segments).train()
+        if again:
+            model.backbone.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        labels = ids(2, 41).masked_fill(torch.arange(41) < 38, -100)
+        model(ids(2, 41), labels=labels).loss.backward()
+        gradients.append(model.memory_embedding.weight.grad)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(("kind", "parts"), [("gpt2", 2), ("bloom", 0), ("gpt_oss", 2), ("mixtral", 2)])
+def test_decoders_whose_layers_have_other_parts(kind, parts, monkeypatch):
+    """One that is not known stays whole; whatever comes out beside hidden states comes out."""
+    shape = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    own = {
+        "gpt2": {"n_positions": 64, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0},
+        "bloom": {},
+        "gpt_oss": {"intermediate_size": 48, "num_local_experts": 4, "num_key_value_heads": 2, "head_dim": 8},
+        "mixtral": {"intermediate_size": 48, "num_local_experts": 4, "num_key_value_heads": 2},
+    }
+    ends = dict.fromkeys(("eos_token_id", "bos_token_id", "pad_token_id"))
+    torch.manual_seed(0)
+    backbone = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape, **own[kind], **ends))
+    model = RmtForCausalLM.from_backbone(backbone.float().eval(), num_memory_tokens=3, segment_length=12).eval()
+    assert len(behind_attention(layers_of(model.backbone)[-1])) == parts
+    got = model.read(ids(2, 41)).memory
+    monkeypatch.setattr(recurrent, "narrowed", lambda *_: nullcontext())
+    torch.testing.assert_close(got, model.read(ids(2, 41)).memory, rtol=1e-4, atol=1e-5)
+
+
+def test_a_method_that_looks_at_more_than_it_says_is_told(monkeypatch):
+    model = build("rmt")
+    monkeypatch.setattr(model, "write", lambda memory, output: output.after + output.tokens.mean(1, keepdim=True))
+    with pytest.raises(AttributeError):
+        model.read(ids(1, 41))
 
 
 # ---------------------------------------------------------------------- states are values

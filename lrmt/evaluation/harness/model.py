@@ -7,6 +7,7 @@ from lm_eval.models.utils_hf import stop_sequences_criteria
 
 import lrmt
 from lrmt.evaluation.decoding import decode_answer, generating, greedy, pad_left, pad_token_id
+from lrmt.evaluation.opening import tell_of_full_weights
 from lrmt.evaluation.run import load_tokenizer
 from lrmt.progress import progress
 from lrmt.tasks.base import Pieces
@@ -32,6 +33,7 @@ class HarnessModel(TemplateLM):
         on_cpu = device == "cpu" or not torch.cuda.is_available()
         self._device = torch.device("cpu" if on_cpu else device or "cuda:0")
         device_map = None if on_cpu else {"": self._device}
+        tell_of_full_weights(pretrained, load_in_4bit, reading.get("model_name_or_path"))
         model = lrmt.load(pretrained, load_in_4bit=load_in_4bit, device_map=device_map, **reading).eval()
         self.model = model if hasattr(model, "disable_adapter") else model.to(self._device)
         self.generate = generating(self.model)

@@ -47,7 +47,7 @@ def run_harness(
         prompt: of babilong_qa*. "trained": context and question as in training, and from local files an answer as long as
             `lrmt evaluate` takes, so that accuracy is that of `lrmt evaluate --scoring contains` on the same rows. "public":
             the harness' own instruction, two examples and 16 tokens.
-        output_dir: default ADAPTER_PATH/harness. loading: `load_in_4bit`, `model_name_or_path` and the reading settings of
+        output_dir: default ADAPTER_PATH/harness. loading: `load_in_4bit`, `dequantize`, `model_name_or_path` and the reading settings of
             `lrmt.load`.
 
     Returns:
