@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import ClassVar
 
-from lrmt.adapters.backbone import quantization_of, read_backbone_config
-from lrmt.adapters.find import find_adapter, find_backbone
+from lrmt.adapters.find import find_adapter
 from lrmt.errors import UsageError
 from lrmt.flags import HELP, Flags, Group, flag
-from lrmt.ranks import this_rank
 from lrmt.tasks.options import Options
 
 
@@ -101,21 +98,6 @@ class OpeningSettings(Options):
         texts = {"description": mode.description, "examples": mode.examples if groups else f"{mode.examples}\n{more}"}
         shown = {f.name: config[f.name] for group in groups for f in group.fields if f.name in config}
         Flags(mode, *groups, program=program, **texts, shown=shown).parse(["--help"])
-
-
-def tell_of_full_weights(adapter_path: str, load_in_4bit: bool | None, model_name_or_path: str | None) -> None:
-    """Says so where an adapter that was trained over 4 bits is about to be opened over other values than these stand for."""
-    config = read_config(adapter_path)
-    if load_in_4bit is not False or config.get("backbone_quantization") is None or not this_rank().is_main_process:
-        return
-    place = model_name_or_path or find_backbone(Path(adapter_path), config.get("backbone_name"))
-    if quantization_of(read_backbone_config(place, revision=config.get("backbone_revision"))) is None:
-        print(
-            f"`--load_in_4bit false`: {adapter_path} was trained over 4 bits, and may forget over the full weights; "
-            "`--dequantize true` keeps the values that it was trained over",
-            file=sys.stderr,
-            flush=True,
-        )
 
 
 def _value_of(name: str, words: Sequence[str]) -> str | None:

@@ -1,6 +1,7 @@
 """`lrmt evaluate`: from settings to results.json, heatmap.png and a table."""
 
 import contextlib
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,13 +10,14 @@ import torch
 import lrmt
 from lrmt.adapters import backbone
 from lrmt.adapters.adapter import read_config
+from lrmt.adapters.find import find_backbone
 from lrmt.errors import UsageError
+from lrmt.evaluation import opening
 from lrmt.evaluation.answers import Answer, KeptAnswers
 from lrmt.evaluation.babilong.predictions import Predictions, build_variant, remove_predictions, write_predictions
 from lrmt.evaluation.babilong.prompts import count_new_tokens
 from lrmt.evaluation.contenders import Contender, EndpointContender, build_contenders, build_endpoint_contender
 from lrmt.evaluation.grid import measure_cell
-from lrmt.evaluation.opening import tell_of_full_weights
 from lrmt.evaluation.plots import draw_depths, draw_heatmap
 from lrmt.evaluation.results import ResultsFolder, format_table
 from lrmt.evaluation.settings import Cell, EvaluationSettings
@@ -282,6 +284,21 @@ def load_on_device(settings):
     ).eval()
     model = model if hasattr(model, "disable_adapter") else model.to(device)
     return model
+
+
+def tell_of_full_weights(adapter_path: str, load_in_4bit: bool | None, model_name_or_path: str | None) -> None:
+    """Says so where an adapter that was trained over 4 bits is about to be opened over other values than these stand for."""
+    config = opening.read_config(adapter_path)
+    if load_in_4bit is not False or config.get("backbone_quantization") is None or not this_rank().is_main_process:
+        return
+    place = model_name_or_path or find_backbone(Path(adapter_path), config.get("backbone_name"))
+    if backbone.quantization_of(backbone.read_backbone_config(place, revision=config.get("backbone_revision"))) is None:
+        print(
+            f"`--load_in_4bit false`: {adapter_path} was trained over 4 bits, and may forget over the full weights; "
+            "`--dequantize true` keeps the values that it was trained over",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def build_background(settings: EvaluationSettings, tokenizer, longest: int) -> Background | None:

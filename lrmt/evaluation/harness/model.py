@@ -7,8 +7,7 @@ from lm_eval.models.utils_hf import stop_sequences_criteria
 
 import lrmt
 from lrmt.evaluation.decoding import decode_answer, generating, greedy, pad_left, pad_token_id
-from lrmt.evaluation.opening import tell_of_full_weights
-from lrmt.evaluation.run import load_tokenizer
+from lrmt.evaluation.run import load_tokenizer, tell_of_full_weights
 from lrmt.progress import progress
 from lrmt.tasks.base import Pieces
 
