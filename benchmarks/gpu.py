@@ -2,12 +2,11 @@
 
     python benchmarks/gpu.py
 
-Checks first: every method against the same computed plainly, in fp32 on the CPU or by another implementation; each gives
-the largest difference, as a share of the largest value, and its bound. Then figures: a landmark training step beside full (flash)
-attention, reading as a share of the device's matrix products in bf16, ARMT's diagonal batching beside its plain order, one more token
-after a long text. Nothing is
-downloaded; what a package is missing for is skipped, and what fails is told and does not stop the rest. Exit code 1 if anything failed.
-On a CPU, or with --tiny, sizes are such that all of it takes seconds: a rehearsal, whose speeds mean nothing.
+Checks first: every method against the same computed plainly, in fp32 on the CPU or by another implementation; each gives the largest
+difference, as a share of the largest value, and its bound. Then figures: a landmark training step beside full (flash) attention,
+reading as a share of the device's matrix products in bf16, ARMT's diagonal batching beside its plain order, one more token after a
+long text. Nothing is downloaded; what a package is missing for is skipped, and what fails is told and does not stop the rest. Exit
+code 1 if anything failed. On a CPU, or with --tiny, sizes are such that all of it takes seconds: a rehearsal, whose speeds mean nothing.
 """
 
 import argparse

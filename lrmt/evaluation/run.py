@@ -273,7 +273,6 @@ def load_on_device(settings):
     """The model on this rank's GPU, or on the CPU where there is none."""
     device = this_rank().device if torch.cuda.is_available() else torch.device("cpu")
     device_map = None if device.type == "cpu" else {"": device}
-    tell_of_full_weights(settings.adapter_path, settings.load_in_4bit, settings.model_name_or_path)
     model = lrmt.load(
         settings.adapter_path,
         load_in_4bit=settings.load_in_4bit,
@@ -282,12 +281,12 @@ def load_on_device(settings):
         device_map=device_map,
         **settings.reading,
     ).eval()
-    model = model if hasattr(model, "disable_adapter") else model.to(device)
-    return model
+    tell_of_full_weights(settings.adapter_path, settings.load_in_4bit, settings.model_name_or_path)
+    return model if hasattr(model, "disable_adapter") else model.to(device)
 
 
 def tell_of_full_weights(adapter_path: str, load_in_4bit: bool | None, model_name_or_path: str | None) -> None:
-    """Says so where an adapter that was trained over 4 bits is about to be opened over other values than these stand for."""
+    """Says so where an adapter that was trained over 4 bits was opened over other values than these stand for."""
     config = opening.read_config(adapter_path)
     if load_in_4bit is not False or config.get("backbone_quantization") is None or not this_rank().is_main_process:
         return

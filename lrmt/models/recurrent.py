@@ -76,7 +76,9 @@ class RecurrentModel(LongContextModel):
                 "choose a decoder such as LLaMA, Mistral, Qwen or GPT-2"
             )
         self._passed = Passed()
-        self._last_layer = layers_of(self.backbone)[-1:]  # a list: a module would be one of the model's own
+        self._last_layer = layers_of(self.backbone)[
+            -1:
+        ]  # a list, which may be empty: a module would be one of the model's own
         with gathered(self.get_input_embeddings().weight):
             self.handover = HandOver(config.memory_handover, self.get_input_embeddings().weight)
 
@@ -144,8 +146,8 @@ class RecurrentModel(LongContextModel):
         before, after = (tokens[:, :0] if part is None else part for part in (self.prefix(memory), self.suffix(memory)))
         n, width, k = before.shape[1], tokens.shape[1], after.shape[1]
         mask = None if segment.mask is None else F.pad(segment.mask, (n, k), value=True)
-        alone = segment.wanted is None and self.config.written_positions == k > 0 and len(self._last_layer) > 0
-        with self.around(memory, ends=True), narrowed(self._last_layer[0], k) if alone else contextlib.nullcontext():
+        alone = segment.wanted is None and self.config.written_positions == k > 0
+        with self.around(memory, ends=True), narrowed(self._last_layer, k) if alone else contextlib.nullcontext():
             hidden, attention = self._run_decoder(torch.cat([before, tokens, after], dim=1), mask)
         before, tokens, after = hidden.split([n, width, k], dim=1)
         kept = hidden.new_zeros(0, hidden.shape[-1]) if segment.wanted is None else tokens[segment.wanted]

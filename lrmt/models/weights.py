@@ -58,8 +58,8 @@ def behind_attention(layer: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
-def narrowed(layer: nn.Module, positions: int):
-    """While it lasts, of what a decoder layer gives the last so many positions alone are right: behind its attention nothing else is
+def narrowed(layers: list[nn.Module], positions: int):
+    """While it lasts, of what decoder layers give the last so many positions alone are right: behind their attention nothing else is
     computed. A layer that is compiled, or is run again on the way back, when this is over, stays as it is.
     """
     hooks, widths = [], {}
@@ -73,9 +73,10 @@ def narrowed(layer: nn.Module, positions: int):
         first = F.pad(first, (0, 0, widths[module] - positions, 0))
         return (first, *others) if isinstance(output, tuple) else first
 
-    whole = layer._compiled_call_impl or (layer.gradient_checkpointing and layer.training)
-    for module in () if whole else behind_attention(layer):
-        hooks += [module.register_forward_pre_hook(narrow), module.register_forward_hook(widen)]
+    for layer in layers:
+        whole = layer._compiled_call_impl or (layer.gradient_checkpointing and layer.training)
+        for module in () if whole else behind_attention(layer):
+            hooks += [module.register_forward_pre_hook(narrow), module.register_forward_hook(widen)]
     try:
         yield
     finally:

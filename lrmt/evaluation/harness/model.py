@@ -32,8 +32,8 @@ class HarnessModel(TemplateLM):
         on_cpu = device == "cpu" or not torch.cuda.is_available()
         self._device = torch.device("cpu" if on_cpu else device or "cuda:0")
         device_map = None if on_cpu else {"": self._device}
-        tell_of_full_weights(pretrained, load_in_4bit, reading.get("model_name_or_path"))
         model = lrmt.load(pretrained, load_in_4bit=load_in_4bit, device_map=device_map, **reading).eval()
+        tell_of_full_weights(pretrained, load_in_4bit, reading.get("model_name_or_path"))
         self.model = model if hasattr(model, "disable_adapter") else model.to(self._device)
         self.generate = generating(self.model)
         self.tokenizer = load_tokenizer(pretrained, reading.get("model_name_or_path"))
