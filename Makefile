@@ -10,13 +10,14 @@ export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo smollm2 smollm2-questions smollm2-reading test bench lint clean
 
-# one thread: a model this small gains nothing from a second, and loses much beside other work
-demo: export OMP_NUM_THREADS ?= 1
+# two threads: 1.25 times as fast in training, 1.4 times in reading; one is better beside other work
+demo: export OMP_NUM_THREADS ?= 2
 demo: export HF_HUB_OFFLINE = 1
 demo: .venv/runtime
 	rm -rf runs/demo
 	$(BIN)/accelerate launch --quiet --config_file ds_configs/one_gpu.yaml recipes/rmt_llama.py --output_dir runs/demo
-	$(BIN)/lrmt evaluate --adapter_path runs/demo --task passkey --lengths 1 2 4 8 16 32 64 --output_dir runs/demo --overwrite
+	$(BIN)/lrmt evaluate --adapter_path runs/demo --task passkey --lengths 1 2 4 8 16 32 64 --baseline backbone --batch_size 25 \
+		--dequantize true --output_dir runs/demo --overwrite
 
 # the same memory in a real pretrained LLaMA: trained adapters, nothing is trained here. The long text is read beside the questions, on one
 # thread each, since segments this short gain little from a second, and with the values of 4 bits in full, which a CPU computes with faster
