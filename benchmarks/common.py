@@ -8,6 +8,7 @@ import os
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 import weakref
@@ -44,9 +45,13 @@ def measure_seconds(step, cpu_clock=time.perf_counter) -> float:
 
 
 def build_model(
-    hidden_size: int, layers: int, segment_length: int, vocabulary: int, num_memory_tokens=16, method="rmt", **settings
-):
-    """A recurrent method with LoRA (r = 8, every linear layer) over a random LLaMA in fp32; only LoRA and the memory train."""
+    hidden_size: int, layers: int, segment_length: int, vocabulary: int, num_memory_tokens=16, method="rmt", tokens: int = 0,
+    in_4bit: bool = False, **settings,
+):  # fmt: skip
+    """A method with LoRA (r = 8, every linear layer) over a random LLaMA; only LoRA and the memory train.
+
+    In fp32, for `in_4bit` over NF4. Landmark attention has a context of `tokens`, in blocks of 64 or fewer.
+    """
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, and it warns of what is not used here
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     from peft import LoraConfig, get_peft_model
@@ -58,17 +63,39 @@ def build_model(
         intermediate_size=hidden_size * 8 // 3 // 8 * 8,
         num_hidden_layers=layers,
         num_attention_heads=max(1, hidden_size // 64),
-        max_position_embeddings=segment_length + 3 * num_memory_tokens,
+        max_position_embeddings=max(segment_length + 3 * num_memory_tokens, 2 * tokens),
         use_cache=False,
         bos_token_id=None,
         eos_token_id=None,
     )
     backbone = LlamaForCausalLM(config).requires_grad_(False)
-    model = METHODS[method].from_backbone(
-        backbone, num_memory_tokens=num_memory_tokens, segment_length=segment_length, **settings
-    )
+    if in_4bit:
+        backbone = quantised(backbone)
+    if method == "landmark":
+        settings |= {"context_length": tokens, "block_length": min(64, tokens // 8)}
+    else:
+        settings |= {"num_memory_tokens": num_memory_tokens, "segment_length": segment_length}
+    model = METHODS[method].from_backbone(backbone, **settings)
     lora = LoraConfig(r=8, target_modules=r"backbone\..*_proj", modules_to_save=model.memory_modules)
     return get_peft_model(model, lora).to(pick_device())
+
+
+def quantised(backbone: LlamaForCausalLM):
+    """The same in NF4."""
+    from transformers import BitsAndBytesConfig
+
+    from lrmt.adapters.backbone import load_backbone
+
+    settings = {
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": backbone.dtype,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        backbone.save_pretrained(folder)
+        return load_backbone(
+            folder, quantization_config=BitsAndBytesConfig(load_in_4bit=True, **settings), dtype=backbone.dtype
+        )
 
 
 class PeakMemory(TorchDispatchMode):
@@ -123,8 +150,8 @@ def run_fresh(script: str, **settings) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def write_report(name: str, output_dir: str, settings: dict, rows: list[dict], **figures) -> None:
-    """Prints rows and figures, and writes them to `output_dir/name.json`."""
+def write_report(name: str, output_dir: str, settings: dict, rows: list[dict], chart=None, **figures) -> None:
+    """Prints rows and figures, and writes them to `output_dir/name.json`; a `chart` of them, as of `draw_chart`, beside it."""
     print(format_table(rows))
     for key, value in figures.items():
         print(f"{key}: {value:.4g}")
@@ -133,7 +160,27 @@ def write_report(name: str, output_dir: str, settings: dict, rows: list[dict], *
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     report = {"settings": settings, "device": device, "torch": torch.__version__, "rows": rows, **figures}
     path.write_text(json.dumps(report, indent=2) + "\n")
-    print(f"written to {path}")
+    if chart is not None:
+        draw_chart(path.with_suffix(".png"), rows, *chart)
+    print(f"written to {path}" + (f" and {path.stem}.png" if chart is not None else ""))
+
+
+def draw_chart(path: Path, rows: list[dict], x: str, y: str, by: tuple[str, ...]) -> None:
+    """A line of `y` against `x` for each combination of `by` in the rows, on logarithmic axes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes, lines = figure.subplots(), {}
+    for row in rows:
+        lines.setdefault(
+            ", ".join(f"{key} {row[key]}" if type(row[key]) in (int, bool) else row[key] for key in by), []
+        ).append(row)
+    for label, line in lines.items():
+        axes.plot([row[x] for row in line], [row[y] for row in line], "o-", label=label)
+    axes.set(xscale="log", yscale="log", xlabel=x, ylabel=y)
+    if by:
+        axes.legend(fontsize="small")
+    figure.savefig(path)
 
 
 def format_table(rows: list[dict]) -> str:

@@ -107,7 +107,7 @@ def main(argv=None):
         row["decode_ms"] = 1000 * min(times)
         row["near_ratio"] = row["near_mib"] / rows[0]["near_mib"]
         row["decode_ratio"] = row["decode_ms"] / rows[0]["decode_ms"]
-    write_report("landmark_read", output_dir, options, list(rows))
+    write_report("landmark_read", output_dir, options, list(rows), chart=("tokens", "near_mib", ()))
 
 
 if __name__ == "__main__":

@@ -67,7 +67,9 @@ def main(argv=None):
             )
             rows[-1]["speed_ratio"] = speed / rows[first]["tokens_per_second"]
             rows[-1]["memory_ratio"] = rows[-1]["mib"] / rows[first]["mib"]
-    write_report("landmark_throughput", output_dir, options, rows)
+    write_report(
+        "landmark_throughput", output_dir, options, rows, chart=("tokens", "tokens_per_second", ("attention",))
+    )
 
 
 if __name__ == "__main__":

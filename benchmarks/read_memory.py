@@ -69,7 +69,9 @@ def main(argv=None):
                 row["process_ratio"] = row["process_mib"] / found[0]["process_mib"]
             growth[f"growth_{method}_{'in_pieces' if in_pieces else 'whole'}"] = found[-1]["read_ratio"] - 1
             rows += found
-    write_report("read_memory", output_dir, options, rows, **growth)
+    write_report(
+        "read_memory", output_dir, options, rows, chart=("tokens", "read_mib", ("method", "in_pieces")), **growth
+    )
 
 
 if __name__ == "__main__":

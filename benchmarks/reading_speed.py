@@ -127,7 +127,7 @@ def main(argv=None):
             for other, name in (("products", "of_products"), ("wrapper", "of_wrapper"), ("full", "of_full")):
                 row[name] = best[other] / took if other in best else None
             rows.append(row)
-    write_report("reading_speed", output_dir, options, rows)
+    write_report("reading_speed", output_dir, options, rows, chart=("tokens", "tokens_per_second", ("variant",)))
 
 
 if __name__ == "__main__":

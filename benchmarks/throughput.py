@@ -1,25 +1,40 @@
-"""Speed of a training step: RMT with and without constant-memory BPTT, beside the plain backbone on the same tokens.
+"""A training step of every method beside the plain backbone on the same tokens: speed and memory, by segments, texts at once and bits.
 
     python benchmarks/throughput.py
+    python benchmarks/throughput.py --segments 2 4 8 16 --batch_sizes 1 4 --variants backbone rmt armt
 
-The plain backbone has the same LoRA, no memory, and takes the segments one after another, each by itself. Every token is scored
-in all three. The variants take turns; the best of `--rounds` steps counts, which neighbours on the machine disturb least.
+The plain backbone has the same LoRA, no memory, and takes the segments one after another, each by itself; landmark attention takes the
+whole text as one context. Every token is scored in all of them. `rmt, constant memory` computes segments again on the way back, `rmt,
+4 bits` has its backbone in NF4, all others in 32 bits (on a GPU 16). The variants take turns; the best of `--rounds` steps counts, which
+neighbours on the machine disturb least. `mib` is the peak of live tensors, weights included.
 """
 
 import argparse
+import gc
 
 import torch
-from common import build_model, measure_seconds, pick_device, write_report
+from common import MIB, PeakMemory, build_model, measure_seconds, pick_device, write_report
+
+VARIANTS = {
+    "backbone": {"num_memory_tokens": 0},
+    "rmt": {},
+    "rmt, constant memory": {"checkpoint_segments": True},
+    "rmt, 4 bits": {"in_4bit": True},
+    "rmt_retrieval": {"method": "rmt_retrieval"},
+    "armt": {"method": "armt"},
+    "landmark": {"method": "landmark"},
+}
 
 
-def build_step(variant: str, segments: int, **size):
-    """A function that runs one training step, and the number of its tokens."""
-    memory = 0 if variant == "backbone" else 16
-    model = build_model(num_memory_tokens=memory, checkpoint_segments=variant == "rmt, constant memory", **size).train()
+def build_step(variant: str, segments: int, batch_size: int, **size):
+    """A model, and a function that runs one training step of it."""
+    length, settings = size["segment_length"], VARIANTS[variant]
+    if settings.get("method") != "landmark":
+        settings = {"checkpoint_segments": False} | settings
+    model = build_model(**size, tokens=segments * length, **settings).train()
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-4)
-    length = size["segment_length"]
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, size["vocabulary"], (1, segments * length), generator=generator).to(pick_device())
+    generator, shape = torch.Generator().manual_seed(0), (batch_size, segments * length)
+    ids = torch.randint(0, size["vocabulary"], shape, generator=generator).to(pick_device())
     texts = ids.split(length, dim=1) if variant == "backbone" else [ids]
 
     def step():
@@ -28,33 +43,50 @@ def build_step(variant: str, segments: int, **size):
         optimizer.step()
         optimizer.zero_grad()
 
-    return step, ids.numel()
+    return model, step
+
+
+def measure_steps(variants: list[str], rounds: int, segments: int, batch_size: int, **size) -> list[dict]:
+    """A row for each variant."""
+    built = {variant: build_step(variant, segments, batch_size, **size) for variant in variants}
+    seconds, rows = {variant: [] for variant in built}, []
+    for _ in range(rounds + 1):
+        for variant, (_, step) in built.items():
+            seconds[variant].append(measure_seconds(step))
+    for variant, (model, step) in built.items():
+        with PeakMemory(*model.parameters(), *model.buffers()) as peak:
+            step()
+        speed = batch_size * segments * size["segment_length"] / min(seconds[variant][1:])  # the first round warms up
+        row = {"segments": segments, "batch_size": batch_size, "variant": variant, "tokens_per_second": speed}
+        rows.append(row | {"mib": peak.tensor_bytes() / MIB})
+        for name in ("tokens_per_second", "mib"):
+            rows[-1][f"{name}_ratio"] = rows[-1][name] / rows[0][name]
+    return rows
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--segments", type=int, default=8)
+    parser.add_argument(
+        "--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="ratios are to the first"
+    )
+    parser.add_argument("--segments", type=int, nargs="+", default=[2, 8])
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--hidden_size", type=int, default=256)
     parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--segment_length", type=int, default=512)
+    parser.add_argument("--segment_length", type=int, default=256)
     parser.add_argument("--vocabulary", type=int, default=1024)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output_dir", default="runs/benchmarks")
     options = vars(parser.parse_args(argv))
-    output_dir = options.pop("output_dir")
     settings = dict(options)
-    rounds = options.pop("rounds")
-    steps = {variant: build_step(variant, **options) for variant in ("backbone", "rmt", "rmt, constant memory")}
-    seconds = {variant: [] for variant in steps}
-    for _ in range(rounds + 1):
-        for variant, (step, _) in steps.items():
-            seconds[variant].append(measure_seconds(step))
+    output_dir, lengths, batches = (options.pop(name) for name in ("output_dir", "segments", "batch_sizes"))
     rows = []
-    for variant, (_, tokens) in steps.items():
-        speed = tokens / min(seconds[variant][1:])  # the first round warms up
-        rows.append({"variant": variant, "tokens_per_second": speed})
-        rows[-1]["ratio"] = speed / rows[0]["tokens_per_second"]
-    write_report("throughput", output_dir, settings, rows)
+    for batch_size in batches:
+        for segments in lengths:
+            rows += measure_steps(segments=segments, batch_size=batch_size, **options)
+            gc.collect()
+    chart = ("segments", "tokens_per_second", ("variant", "batch_size"))
+    write_report("throughput", output_dir, settings, rows, chart=chart)
 
 
 if __name__ == "__main__":

@@ -57,8 +57,14 @@ def main(argv=None) -> dict:
             row["process_ratio"] = row["process_mib"] / found[0]["process_mib"]
         growth[checkpointed] = found[-1]["tensor_ratio"] - 1
         rows += found
+    grown = {"growth_checkpointed": growth[True], "growth_plain": growth[False]}
     write_report(
-        "training_memory", output_dir, options, rows, growth_checkpointed=growth[True], growth_plain=growth[False]
+        "training_memory",
+        output_dir,
+        options,
+        rows,
+        chart=("segments", "tensor_mib", ("checkpoint_segments",)),
+        **grown,
     )
 
 

@@ -1,5 +1,6 @@
 """The benchmarks run and write what they promise; and constant-memory BPTT keeps the memory states alone, counted exactly."""
 
+import itertools
 import json
 import math
 
@@ -54,9 +55,21 @@ def test_memory_of_reading_grows_with_the_state_alone(method, monkeypatch):
 
 
 def test_throughput_runs(tmp_path):
-    report = run_benchmark("throughput", tmp_path, "--segments", "2", "--rounds", "1")
-    assert [r["variant"] for r in report["rows"]] == ["backbone", "rmt", "rmt, constant memory"]
-    assert report["rows"][0]["ratio"] == 1 and all(r["tokens_per_second"] > 0 for r in report["rows"])
+    flags = ["--segments", "2", "4", "--batch_sizes", "1", "2", "--rounds", "1"]
+    rows = run_benchmark("throughput", tmp_path, *flags)["rows"]
+    variants = ["backbone", "rmt", "rmt, constant memory", "rmt, 4 bits", "rmt_retrieval", "armt", "landmark"]
+    assert [(r["batch_size"], r["segments"], r["variant"]) for r in rows] == list(
+        itertools.product((1, 2), (2, 4), variants)
+    )
+    by = {(r["batch_size"], r["segments"], r["variant"]): r for r in rows}
+    for (*cell, _), row in by.items():
+        plain = by[*cell, "backbone"]
+        assert row["tokens_per_second_ratio"] == row["tokens_per_second"] / plain["tokens_per_second"] > 0
+        assert row["mib_ratio"] == row["mib"] / plain["mib"]
+    if not torch.cuda.is_available():  # tensors are counted exactly
+        assert by[2, 4, "rmt, 4 bits"]["mib"] < by[2, 4, "rmt"]["mib"]
+        assert by[2, 4, "rmt, constant memory"]["mib"] < by[2, 4, "rmt"]["mib"]
+    assert (tmp_path / "throughput.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_reading_speed_runs(tmp_path):
