@@ -1,6 +1,7 @@
 """A model behind an OpenAI-compatible chat endpoint, as a baseline: asked greedily, at most `concurrency` prompts at once."""
 
 import asyncio
+import math
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -88,7 +89,7 @@ class Endpoint:
         self.api_key = api_key or os.environ.get("OPENAI_API_KEY")
         self.failure: str | None = None
         self.form = Form()
-        self._failed_in_a_row, self._reason = 0, None
+        self._failed_in_a_row, self._reason, self._failed_first = 0, None, math.inf
         if not self.api_key:
             raise UsageError("OPENAI_API_KEY is not set; export it (any word will do for a server that asks for none)")
         if not self.base_url.startswith(("http://", "https://")):
@@ -108,6 +109,7 @@ class Endpoint:
     def ask(self, prompts: Iterable[str], max_new_tokens: int, note: Callable[[int, str], None]) -> None:
         """Calls `note(number of the prompt, answer)` for each answer as it comes; prompts are taken as they can be asked."""
         self.failure = f"not asked: the endpoint was given up ({self._reason})" if self.given_up else None
+        self._failed_first = math.inf
         asyncio.run(self._ask_all(enumerate(prompts), max_new_tokens, note))
 
     @property
@@ -119,7 +121,7 @@ class Endpoint:
 
         async def work():
             while not self.given_up and (numbered := next(prompts, None)):
-                text = await self._ask(client, numbered[1], max_new_tokens)
+                text = await self._ask(client, *numbered, max_new_tokens)
                 if text is not None:
                     self._failed_in_a_row = 0
                     note(numbered[0], text)
@@ -129,12 +131,13 @@ class Endpoint:
         ) as client:
             await asyncio.gather(*(work() for _ in range(self.concurrency)))
 
-    def _fail(self, reason: str, of_the_prompt: bool = False) -> None:
+    def _fail(self, number: int, reason: str, of_the_prompt: bool = False) -> None:
         self._reason = reason
-        self.failure = self.failure or reason
+        if number < self._failed_first:  # of several in flight a later one may fail sooner
+            self._failed_first, self.failure = number, reason
         self._failed_in_a_row += not of_the_prompt
 
-    async def _ask(self, client, prompt, max_new_tokens) -> str | None:
+    async def _ask(self, client, number, prompt, max_new_tokens) -> str | None:
         from openai import OpenAIError
 
         # the client's timeout starts again with each byte: a server that drips would never reach it
@@ -142,13 +145,13 @@ class Endpoint:
         try:
             reply = await asyncio.wait_for(self._complete(client, prompt, max_new_tokens), deadline)
             (choice, *_) = reply.choices
-            return self._read(choice.message.content, choice.finish_reason, max_new_tokens)
+            return self._read(number, choice.message.content, choice.finish_reason, max_new_tokens)
         except asyncio.TimeoutError:  # noqa: UP041, one and the same only from Python 3.11 on
-            self._fail(f"no whole answer within {deadline:.0f} seconds")
+            self._fail(number, f"no whole answer within {deadline:.0f} seconds")
         except OpenAIError as error:
-            self._fail(one_line(error), getattr(error, "status_code", None) in OF_THE_PROMPT)
+            self._fail(number, one_line(error), getattr(error, "status_code", None) in OF_THE_PROMPT)
         except (AttributeError, IndexError, TypeError, ValueError):
-            self._fail("an answer that is no chat completion")
+            self._fail(number, "an answer that is no chat completion")
         return None
 
     async def _complete(self, client, prompt, max_new_tokens):
@@ -171,17 +174,17 @@ class Endpoint:
                 self.form = form
                 return reply
 
-    def _read(self, text, finish_reason, max_new_tokens) -> str | None:
+    def _read(self, number, text, finish_reason, max_new_tokens) -> str | None:
         """What is said behind finished thoughts; None, and a failure, where nothing is or where the thoughts have no end."""
         said = strip_thoughts(text) if isinstance(text, str) else ""
         thinking = THOUGHT.search(said) is not None
         if finish_reason == "length" and (thinking or not said.strip()):
             remedy = "a model that thinks before it answers needs more: raise --api_max_tokens"
-            self._fail(f"an answer cut after {max_new_tokens} tokens, before anything was said; {remedy}")
+            self._fail(number, f"an answer cut after {max_new_tokens} tokens, before anything was said; {remedy}")
         elif thinking:
-            self._fail(f"an answer that ends within its thoughts (finish_reason {finish_reason!r})")
+            self._fail(number, f"an answer that ends within its thoughts (finish_reason {finish_reason!r})")
         elif not said.strip() or finish_reason in NO_ANSWER:
-            self._fail(f"an answer without text (finish_reason {finish_reason!r})")
+            self._fail(number, f"an answer without text (finish_reason {finish_reason!r})")
         else:
             return said.encode("utf-8", "replace").decode()  # JSON may hold halves of characters, which no file takes
         return None

@@ -52,6 +52,8 @@ def test_a_run_goes_on_after_a_failure(server):
     assert "refused with 401" in endpoint.failure
     assert endpoint.answer(["401", "ok", "html"]) == [None, "the kitchen", None]
     assert "refused with 401" in endpoint.failure  # the first
+    assert endpoint.answer(["silent", "html"]) == [None, None]
+    assert "no chat completion" not in endpoint.failure  # the first of the prompts, though it fails last
     assert endpoint.answer(["html"]) == [None]
     assert "no chat completion" in endpoint.failure
     assert endpoint.answer(["no_text"]) == [None]
@@ -238,4 +240,4 @@ def test_the_cost_is_told_before_anything_is_asked(server):
 )
 def test_what_is_no_answer_is_a_failure(server, text, reason, answered):
     endpoint = Endpoint("stub-model")
-    assert (endpoint._read(text, reason, 20) is not None) == answered == (endpoint.failure is None)
+    assert (endpoint._read(0, text, reason, 20) is not None) == answered == (endpoint.failure is None)

@@ -144,10 +144,13 @@ def test_evaluates_and_looks_inside(folders, method, tmp_path):
 @pytest.mark.slow
 @each_method
 def test_two_ranks_under_zero3_equal_one_process(method, backbones, tmp_path):
-    """NF4 under ZeRO-3, checkpointed segments, notes on ranks that have unequally many."""
+    """NF4 under ZeRO-3, checkpointed segments, notes on ranks that have unequally many.
+
+    In small steps: large ones multiply what bf16 rounds away, which differs from CPU to CPU.
+    """
     told = (
         "--state_passing 0 --memory_noise 0 --num_memory_tokens 4 --segment_length 80 --dtype bfloat16 --bf16 true --logging_steps 1 "
-        "--save_strategy no --promotion_accuracy 1.0 --eval_samples 8 --lora_r 4 --num_digits 2 --stage_lr_decay 1 --learning_rate 1e-3"
+        "--save_strategy no --promotion_accuracy 1.0 --eval_samples 8 --lora_r 4 --num_digits 2 --stage_lr_decay 1 --learning_rate 3e-4"
     )
     flags = [*flags_of(method, backbones["llama"]), *told.split()]
     flags += ["--retrieval_dropout", "0"] * (method == "rmt_retrieval")
