@@ -44,6 +44,12 @@ def measure_seconds(step, cpu_clock=time.perf_counter) -> float:
     return time.perf_counter() - begin
 
 
+def best_in_turns(steps: dict, rounds: int, cpu_clock=time.perf_counter) -> dict:
+    """Of each step the seconds of its fastest call; steps take turns, so that what else the machine does meets all of them."""
+    seconds = [{name: measure_seconds(step, cpu_clock) for name, step in steps.items()} for _ in range(rounds)]
+    return {name: min(found[name] for found in seconds) for name in steps}
+
+
 def build_model(
     hidden_size: int, layers: int, segment_length: int, vocabulary: int, num_memory_tokens=16, method="rmt", tokens: int = 0,
     in_4bit: bool = False, **settings,
@@ -166,21 +172,13 @@ def write_report(name: str, output_dir: str, settings: dict, rows: list[dict], c
 
 
 def draw_chart(path: Path, rows: list[dict], x: str, y: str, by: tuple[str, ...]) -> None:
-    """A line of `y` against `x` for each combination of `by` in the rows, on logarithmic axes."""
-    from matplotlib.figure import Figure
+    """A line of `y` against `x` for each combination of `by` in the rows."""
+    from lrmt.evaluation.plots import draw_lines
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes, lines = figure.subplots(), {}
-    for row in rows:
-        lines.setdefault(
-            ", ".join(f"{key} {row[key]}" if type(row[key]) in (int, bool) else row[key] for key in by), []
-        ).append(row)
-    for label, line in lines.items():
-        axes.plot([row[x] for row in line], [row[y] for row in line], "o-", label=label)
-    axes.set(xscale="log", yscale="log", xlabel=x, ylabel=y)
-    if by:
-        axes.legend(fontsize="small")
-    figure.savefig(path)
+    def label(row: dict) -> str:
+        return ", ".join(row[key] if isinstance(row[key], str) else f"{key} {row[key]}" for key in by) or y
+
+    path.write_bytes(draw_lines([(label(row), row[x], row[y]) for row in rows], x, y))
 
 
 def format_table(rows: list[dict]) -> str:

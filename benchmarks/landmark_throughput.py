@@ -9,7 +9,7 @@ best of `--rounds` steps counts. Memory is the peak of live tensors, weights inc
 import argparse
 
 import torch
-from common import MIB, PeakMemory, measure_seconds, pick_device, write_report
+from common import MIB, PeakMemory, best_in_turns, pick_device, write_report
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -53,15 +53,14 @@ def main(argv=None):
     rows = []
     for tokens in lengths:
         built = {variant: build_step(variant, tokens, **options) for variant in ("full", "landmark")}
-        seconds = {variant: [] for variant in built}
-        for _ in range(rounds + 1):
-            for variant, (_, step) in built.items():
-                seconds[variant].append(measure_seconds(step))
+        steps = {variant: step for variant, (_, step) in built.items()}
+        best_in_turns(steps, 1)  # warms up
+        best = best_in_turns(steps, rounds)
         first = len(rows)
         for variant, (model, step) in built.items():
             with PeakMemory(*model.parameters(), *model.buffers()) as peak:
                 step()
-            speed = tokens / min(seconds[variant][1:])
+            speed = tokens / best[variant]
             rows.append(
                 {"tokens": tokens, "attention": variant, "tokens_per_second": speed, "mib": peak.tensor_bytes() / MIB}
             )

@@ -13,7 +13,7 @@ import argparse
 import time
 
 import torch
-from common import MIB, PeakMemory, measure_seconds, pick_device, write_report
+from common import MIB, PeakMemory, best_in_turns, pick_device, write_report
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lrmt.models import METHODS
@@ -108,15 +108,12 @@ def main(argv=None):
         generator, size = torch.Generator().manual_seed(0), (options["batch_size"], tokens + 1)  # all segments are over
         ids = torch.randint(0, backbone.config.vocab_size, size, generator=generator).to(backbone.device)
         readers = {variant: build_reader(variant, backbone, ids, length, memory) for variant in options["variants"]}
-        seconds, peaks = {variant: [] for variant in readers}, {}
+        peaks = {}
         for variant, read in readers.items():  # which warms up, too
             with PeakMemory() as peak:
                 read()
             peaks[variant] = peak.tensor_bytes() / MIB
-        for _ in range(options["rounds"]):
-            for variant, read in readers.items():
-                seconds[variant].append(measure_seconds(read, time.process_time))
-        best = {variant: min(found) for variant, found in seconds.items()}
+        best = best_in_turns(readers, options["rounds"], time.process_time)
         for variant, took in best.items():
             row = {
                 "tokens": tokens,

@@ -5,15 +5,15 @@
 
 The plain backbone has the same LoRA, no memory, and takes the segments one after another, each by itself; landmark attention takes the
 whole text as one context. Every token is scored in all of them. `rmt, constant memory` computes segments again on the way back, `rmt,
-4 bits` has its backbone in NF4, all others in 32 bits (on a GPU 16). The variants take turns; the best of `--rounds` steps counts, which
-neighbours on the machine disturb least. `mib` is the peak of live tensors, weights included.
+4 bits` has its backbone in NF4; all else is in fp32. The variants take turns; the best of `--rounds` steps counts, which neighbours on
+the machine disturb least. `mib` is the peak of live tensors, weights included; on a GPU, of all variants together.
 """
 
 import argparse
 import gc
 
 import torch
-from common import MIB, PeakMemory, build_model, measure_seconds, pick_device, write_report
+from common import MIB, PeakMemory, best_in_turns, build_model, pick_device, write_report
 
 VARIANTS = {
     "backbone": {"num_memory_tokens": 0},
@@ -49,14 +49,13 @@ def build_step(variant: str, segments: int, batch_size: int, **size):
 def measure_steps(variants: list[str], rounds: int, segments: int, batch_size: int, **size) -> list[dict]:
     """A row for each variant."""
     built = {variant: build_step(variant, segments, batch_size, **size) for variant in variants}
-    seconds, rows = {variant: [] for variant in built}, []
-    for _ in range(rounds + 1):
-        for variant, (_, step) in built.items():
-            seconds[variant].append(measure_seconds(step))
+    steps, rows = {variant: step for variant, (_, step) in built.items()}, []
+    best_in_turns(steps, 1)  # warms up
+    best = best_in_turns(steps, rounds)
     for variant, (model, step) in built.items():
         with PeakMemory(*model.parameters(), *model.buffers()) as peak:
             step()
-        speed = batch_size * segments * size["segment_length"] / min(seconds[variant][1:])  # the first round warms up
+        speed = batch_size * segments * size["segment_length"] / best[variant]
         row = {"segments": segments, "batch_size": batch_size, "variant": variant, "tokens_per_second": speed}
         rows.append(row | {"mib": peak.tensor_bytes() / MIB})
         for name in ("tokens_per_second", "mib"):

@@ -250,6 +250,11 @@ def draw_perplexity(records: list[dict]) -> bytes:
 
 def draw_costs(records: list[dict]) -> bytes:
     """A PNG with a line for each method: FLOPs against tokens, both on log axes."""
+    return draw_lines([(r["method"], r["tokens"], r["flops"]) for r in records], "Tokens", "FLOPs")
+
+
+def draw_lines(points: list[tuple[str, int, float]], xlabel: str, ylabel: str) -> bytes:
+    """A PNG with a line for each label of points `(label, x, y)`, both axes logarithmic."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -257,16 +262,16 @@ def draw_costs(records: list[dict]) -> bytes:
 
     figure = plt.figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.add_subplot()
-    for method in dict.fromkeys(record["method"] for record in records):
-        line = [(r["tokens"], r["flops"]) for r in records if r["method"] == method]
-        axes.plot(*zip(*line, strict=True), marker="o", label=method)
+    for label in dict.fromkeys(label for label, _, _ in points):
+        line = [(x, y) for other, x, y in points if other == label]
+        axes.plot(*zip(*line, strict=True), marker="o", label=label)
     axes.set_yscale("log")
-    axes.set_ylabel("FLOPs")
-    return over_tokens(figure, axes, {record["tokens"] for record in records}, "Tokens")
+    axes.set_ylabel(ylabel)
+    return over_tokens(figure, axes, {x for _, x, _ in points}, xlabel)
 
 
 def over_tokens(figure, axes, tokens: set[int], label: str) -> bytes:
-    """A PNG of lines over numbers of tokens, on a log axis that has a tick for each."""
+    """A PNG of lines over numbers of tokens, or of segments, on a log axis that has a tick for each."""
     axes.set_xscale("log", base=2)
     axes.set_xticks(sorted(tokens), [format_tokens(n) for n in sorted(tokens)])
     axes.minorticks_off()
